@@ -1,0 +1,153 @@
+"""The cautious rule on arrays: alignment, weights and their rescaling."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+Direction = Literal["descent", "ascent"]
+Alignment = Literal["element", "tensor", "tree"]
+Renormalize = Literal["clamp", "paper", "none"]
+AxisName = str | Sequence[str] | None
+
+
+class Rule(NamedTuple):
+    """The settings of the rule; `opposed_weight` and `min_fraction` may be traced."""
+
+    direction: Direction
+    alignment: Alignment
+    opposed_weight: ArrayLike
+    renormalize: Renormalize
+    min_fraction: ArrayLike
+    axis_name: AxisName
+
+
+def apply(
+    rule: Rule, updates: list[jax.Array], grads: list[jax.Array]
+) -> list[jax.Array]:
+    """Returns the cautious updates, leaf by leaf."""
+    if rule.alignment == "element":
+        return [_by_element(rule, u, g) for u, g in zip(updates, grads, strict=True)]
+    if rule.alignment == "tensor":
+        pairs = zip(updates, grads, strict=True)
+        return [_by_inner_product(rule, [u], [g])[0] for u, g in pairs]
+    return _by_inner_product(rule, updates, grads)
+
+
+def agreement(u: jax.Array, g: jax.Array, direction: Direction) -> jax.Array:
+    """Returns a_i = s * sign(u_i) * sign(g_i), NaN where either side is NaN.
+
+    The signs are multiplied, never the values: u_i * g_i underflows to zero long
+    before either factor does. For complex leaves a_i = s * sign(Re(u_i * conj(g_i))).
+    """
+    if jnp.iscomplexobj(u):
+        u, g = _real_parts(u), _real_parts(g)
+        u, g = (_times_power_of_two(x, -_exponent(x, axis=0)) for x in (u, g))
+        a = jnp.sign(jnp.sum(u * g, axis=0))
+    else:
+        a = jnp.sign(u) * jnp.sign(g).astype(u.dtype)
+    return _sign(direction) * a
+
+
+def aligned_fraction(
+    u: jax.Array, g: jax.Array, direction: Direction, axis_name: AxisName = None
+) -> jax.Array:
+    """Returns the fraction of the coordinates with a_i > 0; 0 for an empty leaf."""
+    if u.size == 0:
+        return jnp.zeros((), jnp.float32)
+    return _mean(agreement(u, g, direction) > 0, jnp.float32, axis_name)
+
+
+def _by_element(rule: Rule, u: jax.Array, g: jax.Array) -> jax.Array:
+    if u.size == 0:
+        return u
+    a = agreement(u, g, rule.direction)
+    dtype = _accumulator_dtype(u)
+    gamma = jnp.asarray(rule.opposed_weight, dtype)
+    w = jnp.where(a > 0, 1, jnp.where(a < 0, gamma, jnp.maximum(gamma, 0)))
+    rho = _mean(jnp.abs(w), dtype, rule.axis_name)
+    # A NaN must stay visible: u * w keeps the update's own, this the gradient's.
+    w = jnp.where(jnp.isnan(a), jnp.nan, w)
+    return _multiply(u, w * _scale(rule, rho, u.size))
+
+
+def _scale(rule: Rule, rho: jax.Array, local_size: int) -> ArrayLike:
+    if rule.renormalize == "clamp":
+        return 1 / jnp.maximum(rho, jnp.asarray(rule.min_fraction, rho.dtype))
+    if rule.renormalize == "paper":
+        shards = 1 if rule.axis_name is None else jax.lax.psum(1, rule.axis_name)
+        return 1 / (rho + 1 / (local_size * shards))  # n / (sum_i |w_i| + 1)
+    return 1.0
+
+
+def _by_inner_product(
+    rule: Rule, updates: list[jax.Array], grads: list[jax.Array]
+) -> list[jax.Array]:
+    """Weighs all leaves by 1 where s * <u, g> >= 0, by `opposed_weight` elsewhere."""
+    if sum(u.size for u in updates) == 0:
+        return updates
+    product = _sign(rule.direction) * _inner_product(updates, grads, rule.axis_name)
+    gamma = jnp.asarray(rule.opposed_weight, product.dtype)
+    w = jnp.where(product < 0, gamma, 1)
+    # The inner product of a diverged run is NaN: whatever hangs on it shows that.
+    w = jnp.where(jnp.isnan(product), jnp.nan, w)
+    return [_multiply(u, w.astype(_accumulator_dtype(u))) for u in updates]
+
+
+def _inner_product(
+    updates: list[jax.Array], grads: list[jax.Array], axis_name: AxisName
+) -> jax.Array:
+    """Returns <u, g> up to a positive factor, which keeps it from underflowing."""
+
+    def normalized(xs: list[jax.Array]) -> list[jax.Array]:
+        parts = [_real_parts(x) for x in xs]
+        exponent = jnp.max(jnp.stack([_exponent(p) for p in parts]))
+        if axis_name is not None:
+            exponent = jax.lax.pmax(exponent, axis_name)
+        return [_times_power_of_two(p, -exponent) for p in parts]
+
+    pairs = zip(normalized(updates), normalized(grads), strict=True)
+    product = jnp.sum(jnp.stack([jnp.sum(u * g) for u, g in pairs]))
+    return product if axis_name is None else jax.lax.psum(product, axis_name)
+
+
+def _sign(direction: Direction) -> int:
+    """Returns s: an update that is to be added agrees where it opposes the gradient."""
+    return -1 if direction == "descent" else 1
+
+
+def _accumulator_dtype(x: jax.Array) -> jnp.dtype:
+    """Returns float32, or float64 for a float64 leaf.
+
+    A bfloat16 fraction has 8 bits: half a percent of error in every coordinate.
+    """
+    return jnp.promote_types(jnp.finfo(x.dtype).dtype, jnp.float32)
+
+
+def _mean(x: jax.Array, dtype: jnp.dtype, axis_name: AxisName) -> jax.Array:
+    mean = jnp.mean(x, dtype=dtype)
+    return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+
+
+def _multiply(u: jax.Array, w: jax.Array) -> jax.Array:
+    """Returns u * w, rounded once, in the dtype of u."""
+    if jnp.iscomplexobj(u):
+        return u * w.astype(u.dtype)
+    return (u.astype(w.dtype) * w).astype(u.dtype)
+
+
+def _real_parts(x: jax.Array) -> jax.Array:
+    """Returns the real (and imaginary) parts along a new first axis."""
+    parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+    return jnp.stack(parts).astype(_accumulator_dtype(x))
+
+
+def _exponent(x: jax.Array, axis: int | None = None) -> jax.Array:
+    """Returns the e for which 2^(e-1) <= max|x| < 2^e."""
+    return jnp.frexp(jnp.max(jnp.abs(x), axis=axis, initial=0))[1]
+
+
+def _times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    return jnp.ldexp(x, exponent)
