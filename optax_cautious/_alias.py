@@ -9,12 +9,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_cautious._rule import Alignment, AxisName, Renormalize
-from optax_cautious._transform import (
-    cautious,
-    followed_by,
-    provide_gradient,
-    with_caution,
-)
+from optax_cautious._transform import with_caution
 from optax_cautious._trees import Mask
 
 DecayMask = Any | Callable[[optax.Params], Any] | None
@@ -409,16 +404,6 @@ def cautious_adafactor(
       Shazeer et al, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
       <https://arxiv.org/abs/1804.04235>`_, 2018
     """
-    caution = cautious(
-        direction="ascent",
-        alignment=alignment,
-        opposed_weight=opposed_weight,
-        renormalize=renormalize,
-        min_fraction=min_fraction,
-        axis_name=axis_name,
-        mask=caution_mask,
-        monitor=monitor,
-    )
     links: list[optax.GradientTransformation] = [
         optax.scale_by_factored_rms(
             factored, decay_rate, decay_offset, min_dim_size_to_factor, eps
@@ -434,11 +419,39 @@ def cautious_adafactor(
         links.append(
             optax.ema(momentum, debias=False, accumulator_dtype=dtype_momentum)
         )
-    links[-1] = followed_by(links[-1], caution, keep_state=monitor)
+    undecayed = with_caution(
+        optax.chain(*links),
+        direction="ascent",
+        alignment=alignment,
+        opposed_weight=opposed_weight,
+        renormalize=renormalize,
+        min_fraction=min_fraction,
+        axis_name=axis_name,
+        mask=caution_mask,
+        monitor=monitor,
+    )
+    finish = [optax.scale(-1)]
     if weight_decay_rate is not None:
-        links.append(optax.add_decayed_weights(weight_decay_rate, weight_decay_mask))
-    links.append(optax.scale(-1))
-    return provide_gradient(optax.chain(*links))
+        decay = optax.add_decayed_weights(weight_decay_rate, weight_decay_mask)
+        finish.insert(0, decay)
+    decayed = optax.chain(*finish)
+    n = 2 if monitor else len(links)
+
+    # A chain of chains whose states stand side by side, as those of one chain do.
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return (*undecayed.init(params), *decayed.init(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, first = undecayed.update(updates, state[:n], params, **extra_args)
+        updates, last = decayed.update(updates, state[n:], params, **extra_args)
+        return updates, (*first, *last)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def cautious_muon(

@@ -7,6 +7,9 @@ import numpy as np
 
 from optax_cautious._rule import Alignment, Direction, Renormalize
 
+# A schedule in float32 may overshoot its own end value by this much.
+_ROUNDING = 1e-6
+
 
 def check_direction(direction: Any) -> None:
     _check_choice("direction", direction, get_args(Direction))
@@ -22,7 +25,7 @@ def check_renormalize(renormalize: Any) -> None:
 
 def check_opposed_weight(opposed_weight: Any) -> None:
     value = _concrete("opposed_weight", opposed_weight)
-    if value is not None and not -1 <= value <= 1:
+    if value is not None and not abs(value) <= 1 + _ROUNDING:
         raise ValueError(
             f"opposed_weight must lie in [-1, 1], got {value}: 0 is Cautious, 1 the "
             "base optimizer, -1 Grams."
@@ -31,7 +34,7 @@ def check_opposed_weight(opposed_weight: Any) -> None:
 
 def check_min_fraction(min_fraction: Any) -> None:
     value = _concrete("min_fraction", min_fraction)
-    if value is not None and not 0 < value <= 1:
+    if value is not None and not 0 < value <= 1 + _ROUNDING:
         raise ValueError(
             f"min_fraction must lie in (0, 1], got {value}: the update is scaled up by "
             "at most 1 / min_fraction."

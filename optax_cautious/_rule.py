@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 Direction = Literal["descent", "ascent"]
 Alignment = Literal["element", "tensor", "tree"]
@@ -43,7 +43,7 @@ def agreement(u: jax.Array, g: jax.Array, direction: Direction) -> jax.Array:
     before either factor does. For complex leaves a_i = s * sign(Re(u_i * conj(g_i))).
     """
     if jnp.iscomplexobj(u):
-        u, g = _real_parts(u), _real_parts(g)
+        u, g = (_real_parts(x, _accumulator_dtype(u, g)) for x in (u, g))
         u, g = (_times_power_of_two(x, -_exponent(x, axis=0)) for x in (u, g))
         a = jnp.sign(jnp.sum(u * g, axis=0))
     else:
@@ -93,16 +93,17 @@ def _by_inner_product(
     w = jnp.where(product < 0, gamma, 1)
     # The inner product of a diverged run is NaN: whatever hangs on it shows that.
     w = jnp.where(jnp.isnan(product), jnp.nan, w)
-    return [_multiply(u, w.astype(_accumulator_dtype(u))) for u in updates]
+    return [_multiply(u, w) for u in updates]
 
 
 def _inner_product(
     updates: list[jax.Array], grads: list[jax.Array], axis_name: AxisName
 ) -> jax.Array:
     """Returns <u, g> up to a positive factor, which keeps it from underflowing."""
+    dtype = _accumulator_dtype(*updates, *grads)
 
     def normalized(xs: list[jax.Array]) -> list[jax.Array]:
-        parts = [_real_parts(x) for x in xs]
+        parts = [_real_parts(x, dtype) for x in xs]
         exponent = jnp.max(jnp.stack([_exponent(p) for p in parts]))
         if axis_name is not None:
             exponent = jax.lax.pmax(exponent, axis_name)
@@ -118,15 +119,16 @@ def _sign(direction: Direction) -> int:
     return -1 if direction == "descent" else 1
 
 
-def _accumulator_dtype(x: jax.Array) -> jnp.dtype:
-    """Returns float32, or float64 for a float64 leaf.
+def _accumulator_dtype(*xs: jax.Array) -> DTypeLike:
+    """Returns float32, or float64 if any leaf has that precision.
 
     A bfloat16 fraction has 8 bits: half a percent of error in every coordinate.
     """
-    return jnp.promote_types(jnp.finfo(x.dtype).dtype, jnp.float32)
+    is_double = any(jnp.finfo(x.dtype).bits == 64 for x in xs)
+    return jnp.float64 if is_double else jnp.float32
 
 
-def _mean(x: jax.Array, dtype: jnp.dtype, axis_name: AxisName) -> jax.Array:
+def _mean(x: jax.Array, dtype: DTypeLike, axis_name: AxisName) -> jax.Array:
     mean = jnp.mean(x, dtype=dtype)
     return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
 
@@ -138,10 +140,10 @@ def _multiply(u: jax.Array, w: jax.Array) -> jax.Array:
     return (u.astype(w.dtype) * w).astype(u.dtype)
 
 
-def _real_parts(x: jax.Array) -> jax.Array:
+def _real_parts(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns the real (and imaginary) parts along a new first axis."""
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
-    return jnp.stack(parts).astype(_accumulator_dtype(x))
+    return jnp.stack(parts).astype(dtype)
 
 
 def _exponent(x: jax.Array, axis: int | None = None) -> jax.Array:

@@ -238,6 +238,11 @@ def with_caution(
     the state is the optimizer's own: a checkpoint written without caution can be
     continued with it, and the other way round.
 
+    Caution must have the last word about the step, and the optimizer must not assume
+    that its update is applied whole. So it goes inside
+    :func:`optax.contrib.schedule_free`, :func:`optax.contrib.mechanize` and a line
+    search, around the optimizer that they are given.
+
     Args:
       optimizer: the transformation whose updates are compared with the gradient, which
         is what arrives at it.
@@ -279,22 +284,11 @@ def with_caution(
         mask=mask,
         monitor=monitor,
     )
-    return provide_gradient(followed_by(optimizer, caution, keep_state=monitor))
-
-
-def followed_by(
-    tx: optax.GradientTransformation,
-    caution: optax.GradientTransformationExtraArgs,
-    *,
-    keep_state: bool,
-) -> optax.GradientTransformationExtraArgs:
-    """Chains `caution` to `tx`, with the state of `tx` alone unless `keep_state`."""
-    both = optax.chain(tx, caution)
-    if keep_state:
-        return both
+    inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        return both.init(params)[0]
+        state = inner.init(params)
+        return (state, caution.init(params)) if monitor else state
 
     def update_fn(
         updates: optax.Updates,
@@ -302,10 +296,11 @@ def followed_by(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        updates, (state, _) = both.update(
-            updates, (state, optax.EmptyState()), params, **extra_args
-        )
-        return updates, state
+        grad = updates
+        state, last = state if monitor else (state, optax.EmptyState())
+        updates, state = inner.update(grad, state, params, **extra_args)
+        updates, last = caution.update(updates, last, params, grad=grad)
+        return updates, (state, last) if monitor else state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -1,0 +1,1 @@
+"""Gradient descent, momentum and cautious momentum on an ill-conditioned quadratic."""

@@ -1,0 +1,54 @@
+"""The quadratic, its Hamiltonian, and the path an optimizer takes on it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Trajectory(NamedTuple):
+    """The points and momenta before the first step and after each, one per row."""
+
+    points: jax.Array
+    momenta: jax.Array
+
+
+def loss(w: jax.Array, condition: float) -> jax.Array:
+    """Returns f(w) = (w_1^2 + condition * w_2^2) / 2, over the last axis of `w`."""
+    return (w[..., 0] ** 2 + condition * w[..., 1] ** 2) / 2
+
+
+def hamiltonian(path: Trajectory, condition: float, learning_rate: float) -> jax.Array:
+    """Returns the loss plus the kinetic energy, f(w) + learning_rate * |m|^2 / 2.
+
+    The momentum step is m' = beta m + grad f(w), w' = w - learning_rate m'. In terms
+    of h = sqrt(learning_rate) and the velocity s = h m it reads s' = beta s + h grad f
+    and w' = w - h s': a ball of unit mass with friction, in time steps of h, whose
+    kinetic energy is |s|^2 / 2.
+    """
+    kinetic = learning_rate * jnp.sum(path.momenta**2, axis=-1) / 2
+    return loss(path.points, condition) + kinetic
+
+
+def trajectory(
+    optimizer: optax.GradientTransformation,
+    start: jax.Array,
+    condition: float,
+    steps: int,
+) -> Trajectory:
+    """Returns the path of `optimizer` over `steps` steps from `start`.
+
+    An optimizer that keeps no momentum (no `optax.TraceState`) has momentum zero.
+    """
+
+    def step(
+        carry: tuple[jax.Array, optax.OptState], _: None
+    ) -> tuple[tuple[jax.Array, optax.OptState], Trajectory]:
+        w, state = carry
+        momentum = optax.tree.get(state, "trace", jnp.zeros_like(w))
+        updates, state = optimizer.update(jax.grad(loss)(w, condition), state, w)
+        return (optax.apply_updates(w, updates), state), Trajectory(w, momentum)
+
+    initial = (start, optimizer.init(start))
+    return jax.lax.scan(step, initial, length=steps + 1)[1]

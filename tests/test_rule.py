@@ -1,0 +1,180 @@
+"""The equations of `cautious` against an independent NumPy reference in float64."""
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optax_cautious import aligned_fraction, cautious
+from tests import reference
+
+DTYPES = ("float32", "bfloat16", "float16", "complex64")
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+DIRECTIONS = st.sampled_from(("descent", "ascent"))
+OPPOSED_WEIGHTS = st.sampled_from((0.0, 1.0, -1.0, 0.5, -0.25))
+# Magnitudes whose products underflow and overflow float32, beside ordinary ones.
+COORDINATES = {
+    "float32": (0.0, 1e-30, 1e-20, 1e-3, 0.7, 1.0, 3.0, 1e20, 1e30),
+    "bfloat16": (0.0, 1e-30, 1e-20, 1e-3, 0.7, 1.0, 3.0, 1e20, 1e30),
+    "float16": (0.0, 1e-4, 1e-3, 0.7, 1.0, 3.0, 60.0),
+}
+
+
+def leaves(shape, dtype: str) -> st.SearchStrategy[np.ndarray]:
+    if dtype == "complex64":
+        parts = leaves(shape, "float32")
+        return st.builds(lambda re, im: (re + 1j * im).astype(dtype), parts, parts)
+    signed = [s * x for x in COORDINATES[dtype] for s in (1.0, -1.0)]
+    values = hnp.arrays(np.float64, shape, elements=st.sampled_from(signed))
+    return values.map(lambda x: x.astype(jnp.dtype(dtype)))
+
+
+@st.composite
+def update_and_gradient(draw) -> tuple[np.ndarray, np.ndarray]:
+    u_dtype = draw(st.sampled_from(DTYPES))
+    real = tuple(d for d in DTYPES if d != "complex64")
+    g_dtype = draw(st.sampled_from(real)) if u_dtype in real else u_dtype
+    shape = draw(SHAPES)
+    return draw(leaves(shape, u_dtype)), draw(leaves(shape, g_dtype))
+
+
+def wide(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def assert_close(actual: jax.Array, expected: np.ndarray, dtype) -> None:
+    assert actual.dtype == dtype
+    actual, limits = np.asarray(actual), jnp.finfo(dtype)
+    if not np.iscomplexobj(actual):
+        # What leaves the range of the dtype is infinite there, finite in the reference.
+        actual, expected = (
+            np.clip(x.astype(np.float64), float(limits.min), float(limits.max))
+            for x in (actual, expected)
+        )
+    np.testing.assert_allclose(actual, expected, rtol=4 * float(limits.eps), atol=0)
+
+
+@given(
+    pair=update_and_gradient(),
+    direction=DIRECTIONS,
+    opposed_weight=OPPOSED_WEIGHTS,
+    renormalize=st.sampled_from(("clamp", "paper", "none")),
+    min_fraction=st.sampled_from((1e-3, 0.3, 1.0)),
+)
+def test_element_is_the_reference(
+    pair, direction, opposed_weight, renormalize, min_fraction
+):
+    u, g = pair
+    settings = {
+        "direction": direction,
+        "opposed_weight": opposed_weight,
+        "renormalize": renormalize,
+        "min_fraction": min_fraction,
+    }
+    tx = cautious(**settings)
+    actual, _ = tx.update(u, tx.init(u), grad=g)
+    assert_close(actual, reference.element(wide(u), wide(g), **settings), u.dtype)
+
+
+@st.composite
+def trees_of_small_integers(draw) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Integers times a power of two: every inner product is exact in float32."""
+    shapes = draw(st.lists(SHAPES, min_size=1, max_size=3))
+    is_complex = draw(st.booleans())
+
+    def tree() -> list[np.ndarray]:
+        scale = 2.0 ** draw(st.sampled_from((-100, -60, 0, 60, 100)))
+        parts = [
+            [
+                draw(hnp.arrays(np.int8, shape, elements=st.integers(-5, 5)))
+                for shape in shapes
+            ]
+            for _ in range(1 + is_complex)
+        ]
+        if is_complex:
+            return [
+                np.asarray(scale * (x + 1j * y), np.complex64)
+                for x, y in zip(*parts, strict=True)
+            ]
+        return [np.asarray(scale * x, np.float32) for x in parts[0]]
+
+    return tree(), tree()
+
+
+@given(
+    trees=trees_of_small_integers(),
+    direction=DIRECTIONS,
+    opposed_weight=OPPOSED_WEIGHTS,
+    alignment=st.sampled_from(("tensor", "tree")),
+)
+def test_inner_products_are_the_reference(trees, direction, opposed_weight, alignment):
+    us, gs = trees
+    tx = cautious(
+        alignment=alignment, direction=direction, opposed_weight=opposed_weight
+    )
+    actual, _ = tx.update(us, tx.init(us), grad=gs)
+    groups = (
+        [[i] for i in range(len(us))] if alignment == "tensor" else [range(len(us))]
+    )
+    for group in groups:
+        expected = reference.inner_product(
+            [wide(us[i]) for i in group],
+            [wide(gs[i]) for i in group],
+            direction,
+            opposed_weight,
+        )
+        for i, x in zip(group, expected, strict=True):
+            assert_close(actual[i], x, us[i].dtype)
+
+
+@given(pair=update_and_gradient(), direction=DIRECTIONS)
+def test_aligned_fraction_is_the_reference(pair, direction):
+    u, g = pair
+    a = [
+        reference.agreement(u_i, g_i, direction)
+        for u_i, g_i in zip(wide(u).ravel().tolist(), wide(g).ravel().tolist())
+    ]
+    expected = np.mean(np.array(a) > 0) if a else 0.0
+    actual = aligned_fraction(u, g, direction=direction)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_the_default_settings_are_the_documented_ones():
+    u = jnp.array([1.0, -1.0, 1.0, 0.0])
+    g = jnp.array([-2.0, -2.0, 2.0, 2.0])
+    explicit = cautious(
+        direction="descent",
+        alignment="element",
+        opposed_weight=0.0,
+        renormalize="clamp",
+        min_fraction=1e-3,
+        axis_name=None,
+        mask=None,
+        monitor=False,
+    )
+    default = cautious()
+    assert (
+        default.update(u, default.init(u), grad=g)[0].tolist()
+        == explicit.update(u, explicit.init(u), grad=g)[0].tolist()
+        == [4.0, 0.0, 0.0, 0.0]
+    )
+
+
+@pytest.mark.parametrize("renormalize", ["clamp", "none"])
+def test_opposed_weight_one_is_the_base_optimizer(renormalize):
+    u = jax.random.normal(jax.random.key(0), (100, 100))
+    g = jax.random.normal(jax.random.key(1), (100, 100))
+    tx = cautious(opposed_weight=1.0, renormalize=renormalize)
+    np.testing.assert_array_equal(tx.update(u, tx.init(u), grad=g)[0], u)
+
+
+def test_opposed_weight_minus_one_is_grams():
+    u = jax.random.normal(jax.random.key(0), (100,))
+    g = jax.random.normal(jax.random.key(1), (100,))
+    tx = cautious(opposed_weight=-1.0)
+    actual, _ = tx.update(u, tx.init(u), grad=g)
+    np.testing.assert_array_equal(actual, -jnp.sign(g) * jnp.abs(u))

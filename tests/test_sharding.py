@@ -1,0 +1,218 @@
+"""Eight simulated devices give what one gives: jit, shard_map and pmap."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_cautious
+from optax_cautious import cautious, provide_gradient
+
+PARAMS = {
+    "embedding": jax.random.normal(jax.random.key(0), (64, 32)),
+    "kernel": jax.random.normal(jax.random.key(1), (32, 128)),
+    "bias": jax.random.normal(jax.random.key(2), (128,)),
+}
+# Both axes split both matrices; the bias is split by one and copied along the other.
+SPECS = {
+    "embedding": P("tensor", "fsdp"),
+    "kernel": P("fsdp", "tensor"),
+    "bias": P("tensor"),
+}
+ALIGNMENTS = ("element", "tensor", "tree")
+SETTINGS = [
+    *({"alignment": a, "opposed_weight": 0.25} for a in ALIGNMENTS),
+    {"renormalize": "paper"},
+    {"renormalize": "none", "opposed_weight": -1.0},
+]
+OPTIMIZERS = {
+    "adamw": optax_cautious.cautious_adamw(1e-2, monitor=True),
+    "lion": optax_cautious.cautious_lion(1e-2),
+    "sgd": optax_cautious.cautious_sgd(1e-2, 0.9),
+    "adafactor": optax_cautious.cautious_adafactor(1e-2, momentum=0.9),
+    "muon": optax_cautious.cautious_muon(1e-2, weight_decay=0.1),
+    "chain": provide_gradient(optax.chain(optax.adamw(1e-2), cautious())),
+    "tensor": optax_cautious.cautious_adamw(1e-2, alignment="tensor"),
+    "tree": optax_cautious.cautious_adamw(1e-2, alignment="tree"),
+}
+
+
+def mesh(*shape: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:8]).reshape(shape), ("fsdp", "tensor"))
+
+
+def gradients(step: int) -> dict:
+    return {
+        name: jax.random.normal(jax.random.key(10 * step + i), x.shape)
+        for i, (name, x) in enumerate(PARAMS.items())
+    }
+
+
+def gradient_descent(tx: optax.GradientTransformation, put=lambda tree: tree):
+    params = put(PARAMS)
+    state = jax.jit(tx.init)(params)
+    update = jax.jit(tx.update)
+    for step in range(4):
+        updates, state = update(put(gradients(step)), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def test_there_are_eight_devices():
+    assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_jit_with_named_shardings_is_one_device(name, shape):
+    tx = OPTIMIZERS[name]
+
+    def put(tree):
+        shardings = {k: NamedSharding(mesh(*shape), spec) for k, spec in SPECS.items()}
+        return jax.device_put(tree, shardings)
+
+    expected = gradient_descent(tx)
+    actual = gradient_descent(tx, put)
+    # Muon's iterations amplify the rounding of its sharded products.
+    tolerance = 1e-3 if name == "muon" else 1e-5
+    chex.assert_trees_all_close(actual, expected, rtol=tolerance, atol=tolerance / 10)
+    for k, spec in SPECS.items():
+        sharding = NamedSharding(mesh(*shape), spec)
+        assert actual[0][k].sharding.is_equivalent_to(sharding, PARAMS[k].ndim)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in OPTIMIZERS if n not in ("muon", "adafactor")]
+)
+def test_the_compiled_step_gathers_no_parameter(name):
+    tx = OPTIMIZERS[name]
+    shardings = {k: NamedSharding(mesh(4, 2), spec) for k, spec in SPECS.items()}
+    params = jax.device_put(PARAMS, shardings)
+    state = jax.jit(tx.init)(params)
+    compiled = jax.jit(tx.update).lower(params, state, params).compile().as_text()
+    assert "all-gather" not in compiled
+    assert "all-to-all" not in compiled
+    shapes = " ".join(re.findall(r"= (.*?) all-reduce(?:-start)?\(", compiled))
+    assert re.search(r"\w+\[\]", shapes)
+    assert not re.search(r"\w+\[\d", shapes)  # fractions or inner products: scalars
+
+
+def shard_mapped(rule, check_vma: bool):
+    """Returns the cautious update of leaves split by shard_map."""
+    tx = cautious(axis_name=("fsdp", "tensor"), monitor=True, **rule)
+
+    def update(u, g):
+        updates, state = tx.update(u, tx.init(u), grad=g)
+        return updates, state.aligned_fraction
+
+    specs = {"embedding": P("tensor", "fsdp"), "kernel": P(("fsdp", "tensor"))}
+    return jax.jit(
+        jax.shard_map(
+            update,
+            mesh=mesh(4, 2),
+            in_specs=(specs, specs),
+            out_specs=(specs, P()),
+            check_vma=check_vma,
+        )
+    )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("rule", SETTINGS)
+def test_shard_map_with_axis_name_is_one_device(rule, check_vma):
+    u, g = ({k: x for k, x in gradients(i).items() if k != "bias"} for i in (0, 1))
+    tx = cautious(monitor=True, **rule)
+    expected, state = tx.update(u, tx.init(u), grad=g)
+    actual, fraction = shard_mapped(rule, check_vma)(u, g)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+    np.testing.assert_allclose(fraction, state.aligned_fraction, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", SETTINGS)
+def test_pmap_with_axis_name_is_one_device(rule):
+    u, g = (jax.random.normal(jax.random.key(i), (8, 5, 3)) for i in (0, 1))
+    tx = cautious(axis_name="shards", monitor=True, **rule)
+
+    def update(u, g):
+        updates, state = tx.update(u, tx.init(u), grad=g)
+        return updates, state.aligned_fraction
+
+    actual, fractions = jax.pmap(update, axis_name="shards")(u, g)
+    whole = cautious(monitor=True, **rule)
+    expected, state = whole.update(u, whole.init(u), grad=g)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+    np.testing.assert_allclose(fractions, state.aligned_fraction, rtol=1e-6)
+
+
+def test_without_axis_name_each_shard_counts_for_itself():
+    """The trap: the scale would depend on how many devices there are."""
+    u = -jnp.ones((8, 4))
+    g = jnp.ones((8, 4)).at[0].set(-1.0)  # all of the first shard is opposed
+    tx = cautious()
+    local = jax.pmap(lambda u, g: tx.update(u, tx.init(u), grad=g)[0])(u, g)
+    split = cautious(axis_name="shards")
+    shared = jax.pmap(
+        lambda u, g: split.update(u, split.init(u), grad=g)[0], axis_name="shards"
+    )(u, g)
+    np.testing.assert_allclose(local[1:], -1.0)
+    np.testing.assert_allclose(shared[1:], -8 / 7, rtol=1e-6)
+
+
+def test_replicated_leaves_are_kept_apart_by_partition():
+    """As the documentation of `axis_name` advises."""
+    u = {"split": jnp.arange(16.0) - 5, "copied": jnp.array([1.0, -2.0, 3.0])}
+    g = jax.tree.map(lambda x: jnp.sin(3 * x), u)
+    rule = {"renormalize": "paper"}
+    tx = optax.partition(
+        {"split": cautious(axis_name="x", **rule), "copied": cautious(**rule)},
+        {"split": "split", "copied": "copied"},
+    )
+    specs = {"split": P("x"), "copied": P()}
+    actual = jax.jit(
+        jax.shard_map(
+            lambda u, g: tx.update(u, tx.init(u), grad=g)[0],
+            mesh=Mesh(np.array(jax.devices()), ("x",)),
+            in_specs=(specs, specs),
+            out_specs=specs,
+        )
+    )(u, g)
+    whole = cautious(**rule)
+    expected, _ = whole.update(u, whole.init(u), grad=g)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+
+
+def test_data_parallel_pmap_needs_no_axis_name():
+    """Whole parameters on every device, gradients already averaged."""
+    tx = optax_cautious.cautious_adamw(1e-2)
+
+    def step(params, state, grads):
+        updates, state = tx.update(jax.lax.pmean(grads, "batch"), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def copies(tree):
+        return jax.tree.map(lambda x: jnp.stack([x] * 8), tree)
+
+    params, state = copies(PARAMS), copies(tx.init(PARAMS))
+    noise = jax.random.normal(jax.random.key(3), (8, 1, 1))
+    noise = noise - noise.mean()
+    for i in range(3):
+        grads = {
+            k: x[None] + noise.reshape(8, *[1] * x.ndim)
+            for k, x in gradients(i).items()
+        }
+        params, state = jax.pmap(step, axis_name="batch")(params, state, grads)
+
+    single, single_state = PARAMS, tx.init(PARAMS)
+    for i in range(3):
+        updates, single_state = tx.update(gradients(i), single_state, single)
+        single = optax.apply_updates(single, updates)
+    for device in range(8):
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, d=device: x[d], params), single, rtol=1e-4, atol=1e-4
+        )

@@ -1,0 +1,142 @@
+"""The public functions with and without jit, on a device and under pmap."""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import parameterized
+
+import optax_cautious
+
+
+def tree(seed: int) -> dict:
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "w": jax.random.normal(keys[0], (3, 4)),
+        "b": jax.random.normal(keys[1], (5,), jnp.bfloat16),
+    }
+
+
+UPDATES, GRADS = tree(0), tree(1)
+TRANSFORMATIONS = {
+    **{
+        f"cautious_{alignment}_{renormalize}": optax_cautious.provide_gradient(
+            optax.chain(
+                optax.trace(0.9),
+                optax_cautious.cautious(
+                    direction="ascent",
+                    alignment=alignment,
+                    renormalize=renormalize,
+                    opposed_weight=-0.5,
+                    monitor=True,
+                ),
+            )
+        )
+        for alignment in ("element", "tensor", "tree")
+        for renormalize in ("clamp", "paper", "none")
+    },
+    "with_caution": optax_cautious.with_caution(optax.adamw(1e-2)),
+    "cautious_adamw": optax_cautious.cautious_adamw(1e-2, monitor=True),
+    "cautious_lion": optax_cautious.cautious_lion(1e-2),
+    "cautious_sgd": optax_cautious.cautious_sgd(1e-2, 0.9),
+    "cautious_muon": optax_cautious.cautious_muon(1e-2, weight_decay=0.1),
+    "cautious_adafactor": optax_cautious.cautious_adafactor(1e-2, momentum=0.9),
+}
+
+
+def two_steps(tx: optax.GradientTransformation) -> Callable:
+    """Two steps, the second with a gradient that turns against the momentum."""
+
+    def run(grads, params):
+        state = tx.init(params)
+        _, state = tx.update(grads, state, params)
+        turned = jax.tree.map(lambda g: jnp.roll(g, 1) * 1e-2, grads)
+        return tx.update(turned, state, params)
+
+    return run
+
+
+class VariantsTest(chex.TestCase):
+    @chex.all_variants(with_pmap=True)
+    @parameterized.named_parameters((name, tx) for name, tx in TRANSFORMATIONS.items())
+    def test_every_variant_takes_the_same_step(self, tx):
+        run = two_steps(tx)
+        expected_updates, expected_state = run(GRADS, UPDATES)
+        updates, state = self.variant(run)(GRADS, UPDATES)
+        # bfloat16 leaves differ where XLA fuses away a rounding.
+        tolerance = {"rtol": 1e-2, "atol": 1e-5}
+        chex.assert_trees_all_close(updates, expected_updates, **tolerance)
+        chex.assert_trees_all_close(state, expected_state, **tolerance)
+        chex.assert_trees_all_close(
+            updates["w"], expected_updates["w"], rtol=1e-5, atol=1e-7
+        )
+
+    @chex.all_variants(with_pmap=True)
+    def test_aligned_fraction(self):
+        actual = self.variant(optax_cautious.aligned_fraction)(UPDATES, GRADS)
+        expected = optax_cautious.aligned_fraction(UPDATES, GRADS)
+        chex.assert_trees_all_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_vmap_is_a_loop(name):
+    """Each member of an ensemble has its own fraction."""
+    tx = TRANSFORMATIONS[name]
+    members = [tree(seed) for seed in range(4)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
+    updates, _ = jax.vmap(two_steps(tx))(stacked, stacked)
+    for i, member in enumerate(members):
+        expected, _ = two_steps(tx)(member, member)
+        actual = jax.tree.map(lambda x, i=i: x[i], updates)
+        chex.assert_trees_all_close(actual, expected, rtol=2e-2, atol=1e-4)
+        chex.assert_trees_all_close(actual["w"], expected["w"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_scan_keeps_the_states_type_and_compiles_once(name):
+    tx = TRANSFORMATIONS[name]
+
+    @jax.jit
+    def train(params, state):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(GRADS, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), length=5)[0]
+
+    params, state = train(UPDATES, tx.init(UPDATES))
+    params, state = train(params, state)
+    assert train._cache_size() == 1
+    assert not np.array_equal(params["w"], UPDATES["w"])
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_the_update_is_differentiable(name):
+    """A meta-gradient through a step is finite: no NaN from the branch not taken."""
+    tx = TRANSFORMATIONS[name]
+
+    def after_a_step(grads):
+        updates, _ = two_steps(tx)(grads, UPDATES)
+        return sum(jnp.sum(u.astype(jnp.float32)) for u in jax.tree.leaves(updates))
+
+    chex.assert_tree_all_finite(jax.grad(after_a_step)(GRADS))
+
+
+def test_parameters_may_be_traced():
+    @jax.jit
+    def update(opposed_weight, min_fraction):
+        tx = optax_cautious.cautious(
+            opposed_weight=opposed_weight, min_fraction=min_fraction
+        )
+        return tx.update(UPDATES, tx.init(UPDATES), grad=GRADS)[0]
+
+    for weight, fraction in ((0.0, 1e-3), (-1.0, 0.9)):
+        tx = optax_cautious.cautious(opposed_weight=weight, min_fraction=fraction)
+        expected, _ = tx.update(UPDATES, tx.init(UPDATES), grad=GRADS)
+        chex.assert_trees_all_close(update(weight, fraction), expected, rtol=1e-6)
+    assert update._cache_size() == 1
