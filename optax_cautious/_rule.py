@@ -43,9 +43,8 @@ def agreement(u: jax.Array, g: jax.Array, direction: Direction) -> jax.Array:
     before either factor does. For complex leaves a_i = s * sign(Re(u_i * conj(g_i))).
     """
     if jnp.iscomplexobj(u):
-        u, g = (_real_parts(x, _accumulator_dtype(u, g)) for x in (u, g))
-        u, g = (_times_power_of_two(x, -_exponent(x, axis=0)) for x in (u, g))
-        a = jnp.sign(jnp.sum(u * g, axis=0))
+        m, e = _products(u, g, _accumulator_dtype(u, g))
+        a = jnp.sign(jnp.sum(jnp.ldexp(m, e - jnp.max(e, axis=0)), axis=0))
     else:
         a = jnp.sign(u) * jnp.sign(g).astype(u.dtype)
     return _sign(direction) * a
@@ -99,19 +98,36 @@ def _by_inner_product(
 def _inner_product(
     updates: list[jax.Array], grads: list[jax.Array], axis_name: AxisName
 ) -> jax.Array:
-    """Returns <u, g> up to a positive factor, which keeps it from underflowing."""
+    """Returns <u, g> up to a positive factor, which keeps it in range."""
     dtype = _accumulator_dtype(*updates, *grads)
-
-    def normalized(xs: list[jax.Array]) -> list[jax.Array]:
-        parts = [_real_parts(x, dtype) for x in xs]
-        exponent = jnp.max(jnp.stack([_exponent(p) for p in parts]))
-        if axis_name is not None:
-            exponent = jax.lax.pmax(exponent, axis_name)
-        return [_times_power_of_two(p, -exponent) for p in parts]
-
-    pairs = zip(normalized(updates), normalized(grads), strict=True)
-    product = jnp.sum(jnp.stack([jnp.sum(u * g) for u, g in pairs]))
+    pairs = zip(updates, grads, strict=True)
+    products = [_products(u, g, dtype) for u, g in pairs if u.size]
+    top = jnp.max(jnp.stack([jnp.max(e) for _, e in products]))
+    if axis_name is not None:
+        top = jax.lax.pmax(top, axis_name)
+    sums = [jnp.sum(jnp.ldexp(m, e - top)) for m, e in products]
+    product = jnp.sum(jnp.stack(sums))
     return product if axis_name is None else jax.lax.psum(product, axis_name)
+
+
+def _products(
+    u: jax.Array, g: jax.Array, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """Returns m and e, whose m * 2^e are the products of u's and g's real parts.
+
+    The sum over the first axis, of one product, or two for complex leaves, is
+    Re(u * conj(g)). The exponents are kept apart as the products leave the range of a
+    float long before their factors do.
+    """
+
+    def real_parts(x: jax.Array) -> jax.Array:
+        parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+        return jnp.stack(parts).astype(dtype)
+
+    (m_u, e_u), (m_g, e_g) = (jnp.frexp(real_parts(x)) for x in (u, g))
+    m = m_u * m_g
+    # A product of zero must not set the scale for the others.
+    return m, jnp.where(m == 0, jnp.iinfo(e_u.dtype).min // 2, e_u + e_g)
 
 
 def _sign(direction: Direction) -> int:
@@ -138,18 +154,3 @@ def _multiply(u: jax.Array, w: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(u):
         return u * w.astype(u.dtype)
     return (u.astype(w.dtype) * w).astype(u.dtype)
-
-
-def _real_parts(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns the real (and imaginary) parts along a new first axis."""
-    parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
-    return jnp.stack(parts).astype(dtype)
-
-
-def _exponent(x: jax.Array, axis: int | None = None) -> jax.Array:
-    """Returns the e for which 2^(e-1) <= max|x| < 2^e."""
-    return jnp.frexp(jnp.max(jnp.abs(x), axis=axis, initial=0))[1]
-
-
-def _times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    return jnp.ldexp(x, exponent)

@@ -206,13 +206,11 @@ def test_the_caution_keywords_arrive(name):
         kwargs["momentum"] = 0.9
     params = params_for({})
     for caution in (
-        {"opposed_weight": 0.3},
-        {"opposed_weight": -1.0, "renormalize": "none"},
-        {"renormalize": "paper"},
+        {"opposed_weight": -0.3, "renormalize": "none"},
+        {"renormalize": "paper", "mask": BIASES},
         {"min_fraction": 0.9},
         {"alignment": "tensor", "opposed_weight": 0.1},
         {"alignment": "tree", "opposed_weight": 0.1},
-        {"mask": BIASES},
     ):
         wrapped = optax_cautious.with_caution(BASES[name](1e-2, **kwargs), **caution)
         expected, _ = run(wrapped, params)

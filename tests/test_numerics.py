@@ -117,13 +117,20 @@ def test_strict_dtype_promotion_is_respected():
             apply(cautious(alignment=alignment), u, g)
 
 
+@pytest.fixture
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("x64")
 def test_float64_is_computed_in_float64():
-    with jax.enable_x64(True):
-        u = jnp.ones(3, jnp.float64)
-        g = jnp.array([1.0, 1.0, -1.0], jnp.float64)
-        out = apply(cautious(direction="ascent"), u, g)
-        assert out.dtype == jnp.float64
-        np.testing.assert_allclose(out, [1.5, 1.5, 0], rtol=1e-15)
+    u = jnp.ones(3, jnp.float64)
+    g = jnp.array([1.0, 1.0, -1.0], jnp.float64)
+    out = apply(cautious(direction="ascent"), u, g)
+    assert out.dtype == jnp.float64
+    np.testing.assert_allclose(out, [1.5, 1.5, 0], rtol=1e-15)
 
 
 def test_rows_without_a_gradient_scale_the_others_up_to_the_limit():

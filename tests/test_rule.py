@@ -12,7 +12,8 @@ from optax_cautious import aligned_fraction, cautious
 from tests import reference
 
 DTYPES = ("float32", "bfloat16", "float16", "complex64")
-SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+# Few, as each is compiled for itself.
+SHAPES = st.sampled_from([(), (1,), (7,), (3, 5), (2, 2, 2), (0,), (2, 0, 3)])
 DIRECTIONS = st.sampled_from(("descent", "ascent"))
 OPPOSED_WEIGHTS = st.sampled_from((0.0, 1.0, -1.0, 0.5, -0.25))
 # Magnitudes whose products underflow and overflow float32, beside ordinary ones.

@@ -87,9 +87,8 @@ def test_jit_with_named_shardings_is_one_device(name, shape):
         assert actual[0][k].sharding.is_equivalent_to(sharding, PARAMS[k].ndim)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in OPTIMIZERS if n not in ("muon", "adafactor")]
-)
+# Muon multiplies whole matrices and Adafactor takes norms of rows: not caution's doing.
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"muon", "adafactor"}))
 def test_the_compiled_step_gathers_no_parameter(name):
     tx = OPTIMIZERS[name]
     shardings = {k: NamedSharding(mesh(4, 2), spec) for k, spec in SPECS.items()}

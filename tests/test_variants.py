@@ -36,8 +36,13 @@ TRANSFORMATIONS = {
                 ),
             )
         )
-        for alignment in ("element", "tensor", "tree")
-        for renormalize in ("clamp", "paper", "none")
+        for alignment, renormalize in (
+            ("element", "clamp"),
+            ("element", "paper"),
+            ("element", "none"),
+            ("tensor", "none"),
+            ("tree", "none"),
+        )
     },
     "with_caution": optax_cautious.with_caution(optax.adamw(1e-2)),
     "cautious_adamw": optax_cautious.cautious_adamw(1e-2, monitor=True),
@@ -67,8 +72,9 @@ class VariantsTest(chex.TestCase):
         run = two_steps(tx)
         expected_updates, expected_state = run(GRADS, UPDATES)
         updates, state = self.variant(run)(GRADS, UPDATES)
-        # bfloat16 leaves differ where XLA fuses away a rounding.
-        tolerance = {"rtol": 1e-2, "atol": 1e-5}
+        # bfloat16 leaves differ where XLA fuses away a rounding, and without a device
+        # where NumPy's promotion does.
+        tolerance = {"rtol": 2e-2, "atol": 1e-5}
         chex.assert_trees_all_close(updates, expected_updates, **tolerance)
         chex.assert_trees_all_close(state, expected_state, **tolerance)
         chex.assert_trees_all_close(

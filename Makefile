@@ -1,0 +1,48 @@
+# Each target sets itself up: a virtual environment in .venv, with what it needs.
+#
+#   make demo    train the same small Llama with AdamW and with cautious AdamW
+#   make test    run the tests, the docstrings' and the README's examples among them
+#   make lint    ruff and mypy
+#   make sweep   the demo's comparison at four learning rates
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+
+.PHONY: demo sweep quadratic test test-library lint clean
+
+demo: $(VENV)/.examples
+	$(BIN)/python -m examples.llama.compare
+
+sweep: $(VENV)/.examples
+	$(BIN)/python -m examples.llama.compare --learning-rates 1e-3 2e-3 4e-3 8e-3 \
+	  --output-dir outputs/sweep
+
+quadratic: $(VENV)/.examples
+	$(BIN)/python -m examples.quadratic
+
+test: $(VENV)/.examples $(VENV)/.test
+	$(BIN)/python -m pytest --numprocesses auto
+
+# Without the examples and what they install.
+test-library: $(VENV)/.test
+	$(BIN)/python -m pytest --numprocesses auto --ignore tests/examples
+
+lint: $(VENV)/.examples $(VENV)/.lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
+	@echo "Installing what '$*' needs into $(VENV) (a minute or two) ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...")'
+	@$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf .venv .venv-newest outputs
