@@ -10,13 +10,17 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 
+# Training on a CPU takes much fresh memory at each step, and glibc can take it in pages
+# of 2 MB. Other systems ignore this.
+TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
+
 .PHONY: demo sweep quadratic test test-library lint clean
 
 demo: $(VENV)/.examples
-	$(BIN)/python -m examples.llama.compare
+	$(TRAIN) -m examples.llama.compare
 
 sweep: $(VENV)/.examples
-	$(BIN)/python -m examples.llama.compare --learning-rates 1e-3 2e-3 4e-3 8e-3 \
+	$(TRAIN) -m examples.llama.compare --learning-rates 1e-3 2e-3 4e-3 8e-3 \
 	  --output-dir outputs/sweep
 
 quadratic: $(VENV)/.examples

@@ -15,7 +15,7 @@ pytest.importorskip("tyro")
 from examples.quadratic.__main__ import Config, Run, main, rises, run, table
 from examples.quadratic.dynamics import hamiltonian, trajectory
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_gradient_descent_matches_its_closed_form() -> None:
