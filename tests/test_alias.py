@@ -57,7 +57,22 @@ CONFIGURATIONS = [
             },
         },
     ),
+    (
+        "muon",
+        {
+            "ns_steps": 3,
+            "eps": 1e-2,
+            "mu_dtype": "bfloat16",
+            "nesterov": False,
+            "adaptive": True,
+            "adam_b1": 0.8,
+            "adam_b2": 0.9,
+            "adam_eps_root": 1e-2,
+        },
+    ),
     ("adafactor", {}),
+    ("adafactor", {"decay_rate": 0.5, "decay_offset": -3, "eps": 1e-3}),
+    ("adafactor", {"min_dim_size_to_factor": 2, "factored": False}),
     ("adafactor", {"momentum": 0.9, "weight_decay_rate": 1e-2}),
     ("adafactor", {"min_dim_size_to_factor": 2, "clipping_threshold": None}),
     (

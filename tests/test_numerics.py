@@ -126,11 +126,33 @@ def x64():
 
 @pytest.mark.usefixtures("x64")
 def test_float64_is_computed_in_float64():
-    u = jnp.ones(3, jnp.float64)
-    g = jnp.array([1.0, 1.0, -1.0], jnp.float64)
+    u = jnp.ones(7, jnp.float64)
+    g = jnp.array([1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0], jnp.float64)
     out = apply(cautious(direction="ascent"), u, g)
     assert out.dtype == jnp.float64
-    np.testing.assert_allclose(out, [1.5, 1.5, 0], rtol=1e-15)
+    np.testing.assert_allclose(out[:3], 7 / 3, rtol=1e-15)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("alignment", ["tensor", "tree"])
+def test_a_float64_gradient_counts_in_full(alignment):
+    """1 - 1 - 1e-12 is below zero, in float32 it is not."""
+    u = jnp.ones(3, jnp.float32)
+    g = jnp.array([1.0, -1.0, -1e-12], jnp.float64)
+    tx = cautious(alignment=alignment, direction="ascent")
+    np.testing.assert_array_equal(apply(tx, u, g), 0.0)
+
+
+def test_the_product_is_rounded_once():
+    """Neither factor is rounded to bfloat16 before they are multiplied."""
+    g = jnp.where(jnp.arange(1000) < 333, 1, -1).astype(jnp.bfloat16)
+    for value in (131, 139, 171):
+        u = jnp.full_like(g, value)
+        out = apply(cautious(direction="ascent"), u, g)
+        assert out[0] == jnp.bfloat16(np.float32(value * 1000 / 333))
+    # What the trap would give, to show that the two can be told apart.
+    trap = jnp.bfloat16(139) * jnp.bfloat16(1000 / 333)
+    assert trap != jnp.bfloat16(np.float32(139 * 1000 / 333))
 
 
 def test_rows_without_a_gradient_scale_the_others_up_to_the_limit():

@@ -56,8 +56,11 @@ def test_provide_gradient_replaces_the_callers():
     assert_trees_equal(run(tx, grad=wrong)[0], run(tx)[0])
 
 
-def test_provide_gradient_passes_the_other_extra_arguments_on():
-    tx = provide_gradient(optax.polyak_sgd())
+@pytest.mark.parametrize(
+    "wrap", [provide_gradient, lambda tx: with_caution(tx, opposed_weight=1.0)]
+)
+def test_the_other_extra_arguments_are_passed_on(wrap):
+    tx = wrap(optax.polyak_sgd())
     updates, _ = tx.update(gradient(0), tx.init(PARAMS), PARAMS, value=jnp.float32(1.0))
     base = optax.polyak_sgd()
     expected, _ = base.update(
@@ -192,6 +195,7 @@ def test_a_masked_leaf_may_be_of_any_kind():
             "renormalize must be one of 'clamp', 'paper', 'none', got True",
         ),
         ({"opposed_weight": 1.5}, r"opposed_weight must lie in \[-1, 1\], got 1.5"),
+        ({"opposed_weight": 1 + 1e-4}, "opposed_weight must lie in"),
         ({"opposed_weight": np.float32(-2)}, r"opposed_weight must lie in \[-1, 1\]"),
         ({"opposed_weight": jnp.array(3.0)}, r"opposed_weight must lie in \[-1, 1\]"),
         ({"opposed_weight": float("nan")}, "opposed_weight must lie in"),
