@@ -3,7 +3,7 @@
 #   make demo    train the same small Llama with AdamW and with cautious AdamW
 #   make test    run the tests, the docstrings' and the README's examples among them
 #   make lint    ruff and mypy
-#   make sweep   the demo's comparison at four learning rates
+#   make sweep   the demo's comparison at four learning rates (half an hour)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -49,4 +49,4 @@ $(VENV)/bin/pip:
 	@$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf .venv .venv-newest outputs
+	rm -rf .venv .venv-newest build outputs

@@ -58,7 +58,8 @@ def cautious_adamw(
     restores the other's checkpoints.
 
     Args:
-      learning_rate: see :func:`optax.adamw`, as for the arguments up to `nesterov`.
+      learning_rate: scalar or schedule; see :func:`optax.adamw`, as for all the
+        arguments up to `nesterov`.
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       eps: added to the denominator outside the square root.
@@ -160,7 +161,8 @@ def cautious_lion(
     authors' C-Lion.
 
     Args:
-      learning_rate: see :func:`optax.lion`, as for the arguments up to `mask`.
+      learning_rate: scalar or schedule; see :func:`optax.lion`, as for all the
+        arguments up to `mask`.
       b1: rate at which momentum and gradient are combined.
       b2: decay rate of the momentum.
       mu_dtype: dtype of the momentum; that of the parameters by default.
@@ -256,8 +258,8 @@ def cautious_sgd(
     left.
 
     Args:
-      learning_rate: see :func:`optax.sgd`, as for the arguments up to
-        `accumulator_dtype`.
+      learning_rate: scalar or schedule; see :func:`optax.sgd`, as for all the
+        arguments up to `accumulator_dtype`.
       momentum: decay rate of the momentum; none by default.
       nesterov: whether to use Nesterov momentum.
       accumulator_dtype: dtype of the momentum; that of the parameters by default.
@@ -353,8 +355,8 @@ def cautious_adafactor(
     :func:`optax.adafactor`'s.
 
     Args:
-      learning_rate: see :func:`optax.adafactor`, as for the arguments up to
-        `weight_decay_mask`.
+      learning_rate: scalar or schedule; see :func:`optax.adafactor`, as for all the
+        arguments up to `weight_decay_mask`.
       min_dim_size_to_factor: factor only where two dimensions are this large.
       decay_rate: exponent of the second moment's decay.
       decay_offset: the step at which fine-tuning starts.
@@ -484,8 +486,10 @@ def cautious_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""C-Muon: Muon, with its Adam, that does not move against the gradient.
 
-    The orthogonalized momentum :math:`O_t` of a matrix, the Adam update of any other
-    leaf, with :math:`w_t, \rho_t` the weights and their mean as in :func:`cautious`:
+    With :math:`O_t` the orthogonalized and scaled momentum of a matrix, or the Adam
+    update of any other leaf, with :math:`\alpha_t, \lambda` the learning rate and the
+    decay of either kind, and :math:`w_t, \rho_t` the weights and their mean as in
+    :func:`cautious`:
 
     .. math::
 
@@ -495,8 +499,8 @@ def cautious_muon(
     The weight decays are outside the mask. The state is :func:`optax.contrib.muon`'s.
 
     Args:
-      learning_rate: see :func:`optax.contrib.muon`, as for the arguments up to
-        `consistent_rms`.
+      learning_rate: scalar or schedule; see :func:`optax.contrib.muon`, as for all the
+        arguments up to `consistent_rms`.
       ns_coeffs: coefficients of the Newton-Schulz iteration, or a preset's name.
       ns_steps: number of Newton-Schulz iterations.
       beta: decay rate of the momentum.
@@ -548,6 +552,9 @@ def cautious_muon(
     References:
       Liang et al, `Cautious Optimizers: Improving Training with One Line of Code
       <https://arxiv.org/abs/2411.16085>`_, 2024
+
+      Jordan, `Muon: An optimizer for hidden layers in neural networks
+      <https://kellerjordan.github.io/posts/muon/>`_, 2024
 
       Liu et al, `Muon is Scalable for LLM Training
       <https://arxiv.org/abs/2502.16982>`_, 2025
@@ -618,7 +625,7 @@ def cautious_muon(
             momentum,
             is_leaf=lambda mu: isinstance(mu, optax.MaskedNode),
         )
-        decay, decayed = optax.partition(decays, labels).update(
+        decay, decayed = optax.partition(decays, lambda _: labels).update(
             jax.tree.map(jnp.zeros_like, updates),
             _map_links(before, lambda links: links[-2:]),
             params,

@@ -3,9 +3,13 @@
 from typing import Any, get_args
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from optax_cautious._rule import Alignment, Direction, Renormalize
+
+#: What counts as an array: jax.typing.ArrayLike, for isinstance.
+ARRAY_LIKE = get_args(ArrayLike)
 
 # A schedule in float32 may overshoot its own end value by this much.
 _ROUNDING = 1e-6
@@ -41,6 +45,15 @@ def check_min_fraction(min_fraction: Any) -> None:
         )
 
 
+def check_axis_name(axis_name: Any) -> None:
+    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    if axis_name is not None and not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            "axis_name must be the name of a mapped axis, or a sequence of names, got "
+            f"{axis_name!r}."
+        )
+
+
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
@@ -51,9 +64,14 @@ def _concrete(name: str, value: Any) -> float | None:
     """Returns the number, or None for a traced one, whose value is not known yet."""
     if isinstance(value, jax.core.Tracer):
         return None
-    if np.shape(value) != () or not np.issubdtype(np.asarray(value).dtype, np.number):
+    is_scalar = isinstance(value, ARRAY_LIKE) and jnp.ndim(value) == 0
+    if not is_scalar or not jnp.issubdtype(jnp.result_type(value), jnp.number):
         hint = (
             " For a schedule, use optax.inject_hyperparams." if callable(value) else ""
         )
         raise ValueError(f"{name} must be a number, got {value!r}.{hint}")
-    return float(value)
+    # optax.inject_hyperparams makes all numbers complex where a parameter is.
+    number = complex(value)
+    if number.imag != 0:
+        raise ValueError(f"{name} must be a real number, got {value!r}.")
+    return number.real

@@ -43,8 +43,9 @@ def agreement(u: jax.Array, g: jax.Array, direction: Direction) -> jax.Array:
     before either factor does. For complex leaves a_i = s * sign(Re(u_i * conj(g_i))).
     """
     if jnp.iscomplexobj(u):
-        m, e = _products(u, g, _accumulator_dtype(u, g))
-        a = jnp.sign(jnp.sum(jnp.ldexp(m, e - jnp.max(e, axis=0)), axis=0))
+        u, g = (_real_parts(x, _accumulator_dtype(u, g)) for x in (u, g))
+        u, g = (jnp.ldexp(x, -_exponent(x, axis=0)) for x in (u, g))
+        a = jnp.sign(jnp.sum(u * g, axis=0))
     else:
         a = jnp.sign(u) * jnp.sign(g).astype(u.dtype)
     return _sign(direction) * a
@@ -64,7 +65,7 @@ def _by_element(rule: Rule, u: jax.Array, g: jax.Array) -> jax.Array:
         return u
     a = agreement(u, g, rule.direction)
     dtype = _accumulator_dtype(u)
-    gamma = jnp.asarray(rule.opposed_weight, dtype)
+    gamma = jnp.asarray(jnp.real(rule.opposed_weight), dtype)
     w = jnp.where(a > 0, 1, jnp.where(a < 0, gamma, jnp.maximum(gamma, 0)))
     rho = _mean(jnp.abs(w), dtype, rule.axis_name)
     # A NaN must stay visible: u * w keeps the update's own, this the gradient's.
@@ -74,7 +75,7 @@ def _by_element(rule: Rule, u: jax.Array, g: jax.Array) -> jax.Array:
 
 def _scale(rule: Rule, rho: jax.Array, local_size: int) -> ArrayLike:
     if rule.renormalize == "clamp":
-        return 1 / jnp.maximum(rho, jnp.asarray(rule.min_fraction, rho.dtype))
+        return 1 / jnp.maximum(rho, jnp.asarray(jnp.real(rule.min_fraction), rho.dtype))
     if rule.renormalize == "paper":
         shards = 1 if rule.axis_name is None else jax.lax.psum(1, rule.axis_name)
         return 1 / (rho + 1 / (local_size * shards))  # n / (sum_i |w_i| + 1)
@@ -88,7 +89,7 @@ def _by_inner_product(
     if sum(u.size for u in updates) == 0:
         return updates
     product = _sign(rule.direction) * _inner_product(updates, grads, rule.axis_name)
-    gamma = jnp.asarray(rule.opposed_weight, product.dtype)
+    gamma = jnp.asarray(jnp.real(rule.opposed_weight), product.dtype)
     w = jnp.where(product < 0, gamma, 1)
     # The inner product of a diverged run is NaN: whatever hangs on it shows that.
     w = jnp.where(jnp.isnan(product), jnp.nan, w)
@@ -98,36 +99,33 @@ def _by_inner_product(
 def _inner_product(
     updates: list[jax.Array], grads: list[jax.Array], axis_name: AxisName
 ) -> jax.Array:
-    """Returns <u, g> up to a positive factor, which keeps it in range."""
+    """Returns <u, g> up to a positive factor, which keeps it from underflowing."""
     dtype = _accumulator_dtype(*updates, *grads)
-    pairs = zip(updates, grads, strict=True)
-    products = [_products(u, g, dtype) for u, g in pairs if u.size]
-    top = jnp.max(jnp.stack([jnp.max(e) for _, e in products]))
-    if axis_name is not None:
-        top = jax.lax.pmax(top, axis_name)
-    sums = [jnp.sum(jnp.ldexp(m, e - top)) for m, e in products]
-    product = jnp.sum(jnp.stack(sums))
+
+    def normalized(xs: list[jax.Array]) -> list[jax.Array]:
+        parts = [_real_parts(x, dtype) for x in xs]
+        exponent = jnp.max(jnp.stack([_exponent(p) for p in parts]))
+        if axis_name is not None:
+            exponent = jax.lax.pmax(exponent, axis_name)
+        return [jnp.ldexp(p, -exponent) for p in parts]
+
+    pairs = zip(normalized(updates), normalized(grads), strict=True)
+    product = jnp.sum(jnp.stack([jnp.sum(u * g) for u, g in pairs]))
     return product if axis_name is None else jax.lax.psum(product, axis_name)
 
 
-def _products(
-    u: jax.Array, g: jax.Array, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array]:
-    """Returns m and e, whose m * 2^e are the products of u's and g's real parts.
+def _real_parts(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns the real (and imaginary) parts along a new first axis."""
+    parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+    return jnp.stack(parts).astype(dtype)
 
-    The sum over the first axis, of one product, or two for complex leaves, is
-    Re(u * conj(g)). The exponents are kept apart as the products leave the range of a
-    float long before their factors do.
-    """
 
-    def real_parts(x: jax.Array) -> jax.Array:
-        parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
-        return jnp.stack(parts).astype(dtype)
-
-    (m_u, e_u), (m_g, e_g) = (jnp.frexp(real_parts(x)) for x in (u, g))
-    m = m_u * m_g
-    # A product of zero must not set the scale for the others.
-    return m, jnp.where(m == 0, jnp.iinfo(e_u.dtype).min // 2, e_u + e_g)
+def _exponent(x: jax.Array, axis: int | None = None) -> jax.Array:
+    """Returns the e for which 2^(e-1) <= max|x| < 2^e, the least for zeros."""
+    largest = jnp.max(jnp.abs(x), axis=axis, initial=0)
+    exponent = jnp.frexp(largest)[1]
+    # Zeros must not set the scale for what else there is.
+    return jnp.where(largest == 0, jnp.finfo(x.dtype).minexp, exponent)
 
 
 def _sign(direction: Direction) -> int:

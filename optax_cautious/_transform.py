@@ -86,24 +86,28 @@ def cautious(
         where :math:`s \langle u, g \rangle \ge 0` and ``opposed_weight`` elsewhere.
         ``"tree"``: the same with the inner product over all leaves. The latter two do
         not rescale, since that would cancel the weight.
-      opposed_weight: scalar in [-1, 1], may be traced. The weight of a coordinate that
-        disagrees: 0 is Cautious, 1 the base optimizer, -1 Grams, between them soft
-        caution. A coordinate at which either side is zero has weight
-        ``max(opposed_weight, 0)``.
+      opposed_weight: scalar in [-1, 1], may be traced, and is then not checked. The
+        weight of a coordinate that disagrees: 0 is Cautious, 1 the base optimizer, -1
+        Grams, values between them soft caution. A coordinate at which either side is
+        zero has weight ``max(opposed_weight, 0)``.
       renormalize: how the remaining coordinates make up for the missing ones.
         ``"clamp"``: as above. ``"paper"``: :math:`n / (n \rho + 1)`. ``"none"``: 1.
-      min_fraction: scalar in (0, 1], may be traced. With ``"clamp"``, the update is
-        scaled up by at most ``1 / min_fraction``. This matters for the embedding of a
-        large vocabulary: rows whose token is absent from the batch have a zero gradient
-        and do not count as agreeing, so the others are scaled up for them.
+      min_fraction: scalar in (0, 1], may be traced, and is then not checked. With
+        ``"clamp"``, the update is scaled up by at most ``1 / min_fraction``. This
+        matters for the embedding of a large vocabulary: rows whose token is absent from
+        the batch have a zero gradient and do not count as agreeing, so the others are
+        scaled up for them. A large factor may overflow a float16 update.
       axis_name: the mapped axis, or axes, that the leaves are split along, equally, in
         ``jax.shard_map`` or ``jax.pmap``. Needed there alone: under ``jax.jit`` the
         fraction of a sharded leaf is global already. Do not give it for leaves that
         every device holds whole, or separate them by ``optax.partition``.
       mask: a tree of bools with the structure of the updates, or a prefix of it, or a
-        function of the updates that returns one. Leaves at False pass untouched.
+        function of the updates that returns one. Leaves at False pass untouched. Under
+        :func:`optax.inject_hyperparams` a function has to be named in ``static_args``,
+        or Optax takes it for a schedule.
       monitor: whether the state carries the fraction of coordinates that agreed, over
-        all leaves, for ``optax.tree.get(state, "aligned_fraction")``.
+        all leaves in the mask, for ``optax.tree.get(state, "aligned_fraction")``. An
+        update of zero agrees with nothing: behind a learning rate of zero it is 0.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` whose update takes the gradient
@@ -144,6 +148,7 @@ def cautious(
     _checks.check_renormalize(renormalize)
     _checks.check_opposed_weight(opposed_weight)
     _checks.check_min_fraction(min_fraction)
+    _checks.check_axis_name(axis_name)
     rule = _rule.Rule(
         direction, alignment, opposed_weight, renormalize, min_fraction, axis_name
     )
@@ -232,7 +237,15 @@ def with_caution(
     mask: Mask = None,
     monitor: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Make any optimizer cautious, and keep its state.
+    r"""Make any optimizer cautious, and keep its state.
+
+    With :math:`(u_t, S_{t+1})` the update and the new state that the optimizer returns
+    for the gradient :math:`g_t`, and :math:`w_t, \rho_t` the weights and their mean as
+    in :func:`cautious`:
+
+    .. math::
+
+      u_t \leftarrow u_t \cdot w_t / \max(\rho_t, \rho_{\min})
 
     The same as ``provide_gradient(optax.chain(optimizer, cautious(...)))``, except that
     the state is the optimizer's own: a checkpoint written without caution can be
@@ -273,6 +286,10 @@ def with_caution(
       >>> updates, state = tx.update(grads, state, params)
       >>> print(optax.tree.get(state, "aligned_fraction"))
       1.0
+
+    References:
+      Liang et al, `Cautious Optimizers: Improving Training with One Line of Code
+      <https://arxiv.org/abs/2411.16085>`_, 2024
     """
     caution = cautious(
         direction=direction,
@@ -308,10 +325,17 @@ def with_caution(
 def aligned_fraction(
     updates: optax.Updates, grad: optax.Updates, *, direction: Direction = "descent"
 ) -> optax.Updates:
-    """Report, for each leaf, the fraction of coordinates at which the signs agree.
+    r"""Report, for each leaf, the fraction of coordinates at which the signs agree.
+
+    For a leaf with :math:`n` coordinates, and :math:`s` as in :func:`cautious`:
+
+    .. math::
+
+      \tfrac{1}{n} \left| \{ i :
+        s \cdot \operatorname{sign}(u_i) \cdot \operatorname{sign}(g_i) > 0 \} \right|
 
     Args:
-      updates: a tree of updates.
+      updates: a tree of updates: floating-point or complex arrays of any shape.
       grad: the gradient, a tree like `updates`.
       direction: ``"descent"`` for updates that are to be added to the parameters,
         ``"ascent"`` for ones that point up the loss.
@@ -331,6 +355,10 @@ def aligned_fraction(
       >>> grads = {"w": jnp.array([2., 2., 2., 2.])}
       >>> print(aligned_fraction(updates, grads)["w"])
       0.5
+
+    References:
+      Liang et al, `Cautious Optimizers: Improving Training with One Line of Code
+      <https://arxiv.org/abs/2411.16085>`_, 2024
     """
     _checks.check_direction(direction)
     pairs = _trees.pair(updates, grad)

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+
+from optax_cautious._checks import ARRAY_LIKE
 
 Mask = Any | Callable[[optax.Params], Any]
 
@@ -78,14 +79,13 @@ def _is_absent(x: Any) -> bool:
 
 def _is_callable(mask: Any) -> bool:
     # A tree of bools may itself be callable, as an Equinox module is.
-    leaves = jax.tree.leaves(mask)
-    return bool(leaves) and all(callable(leaf) for leaf in leaves)
+    return callable(mask) and all(callable(leaf) for leaf in jax.tree.leaves(mask))
 
 
 def _as_bool(keep: Any) -> bool:
     if isinstance(keep, jax.core.Tracer):
         raise TypeError("the mask is traced, but must be known when it is compiled.")
-    if np.shape(keep) != () or np.asarray(keep).dtype != bool:
+    if not isinstance(keep, ARRAY_LIKE) or jnp.ndim(keep) or keep not in (0, 1):
         raise TypeError(f"got the leaf {keep!r}.")
     return bool(keep)
 
@@ -96,6 +96,9 @@ def _checked(path: Any, u: Any, g: Any) -> tuple[jax.Array, jax.Array]:
             f"The gradient at {_name(path)} is {_kind_of_node(g)}, but the update "
             "there is an array. Pass the gradient of the same parameters."
         )
+    for side, x in (("update", u), ("gradient", g)):
+        if not isinstance(x, ARRAY_LIKE):
+            raise ValueError(f"The {side} at {_name(path)} is {x!r}, not an array.")
     u_dtype, g_dtype = jnp.result_type(u), jnp.result_type(g)
     if not jnp.issubdtype(u_dtype, jnp.inexact):
         raise ValueError(

@@ -3,6 +3,7 @@
 import inspect
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +45,7 @@ CONFIGURATIONS = [
     ("sgd", {"momentum": 0.9, "nesterov": True, "accumulator_dtype": "bfloat16"}),
     ("muon", {}),
     ("muon", {"weight_decay": 0.3, "adam_weight_decay": 0.2}),
+    ("muon", {"weight_decay": 0.3, "weight_decay_mask": {"w": False, "b": True}}),
     ("muon", {"weight_decay": 0.3, "weight_decay_mask": BIASES, "beta": 0.8}),
     ("muon", {"weight_decay": LEARNING_RATE, "adam_learning_rate": 1e-3}),
     ("muon", {"ns_coeffs": "dion", "preconditioning": "aol", "consistent_rms": 0.2}),
@@ -270,6 +272,28 @@ def test_inject_hyperparams(name):
     _, state = run(tx, params_for({}), steps=4)
     np.testing.assert_allclose(state.hyperparams["opposed_weight"], 0.0, atol=1e-6)
     np.testing.assert_allclose(state.hyperparams["min_fraction"], 1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
+def test_inject_hyperparams_in_the_parameters_dtype(dtype):
+    """Optax casts every number to the dtype of the parameters."""
+    params = {"w": jnp.ones(3, dtype)}
+    tx = optax.inject_hyperparams(optax_cautious.cautious_adamw)(
+        LEARNING_RATE, opposed_weight=0.5
+    )
+    state = tx.init(params)
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, _ = update(params, state, params)
+        assert updates["w"].dtype == dtype
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_an_equinox_module_that_is_callable(name):
+    model = eqx.filter(eqx.nn.Linear(3, 2, key=jax.random.key(0)), eqx.is_array)
+    assert callable(model)
+    tx = named(name)(1e-2)
+    updates, _ = tx.update(model, tx.init(model), model)
+    assert jax.tree.structure(updates) == jax.tree.structure(model)
 
 
 def test_adafactor_injects_without_naming_its_dtype():

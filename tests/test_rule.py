@@ -22,12 +22,20 @@ COORDINATES = {
     "bfloat16": (0.0, 1e-30, 1e-20, 1e-3, 0.7, 1.0, 3.0, 1e20, 1e30),
     "float16": (0.0, 1e-4, 1e-3, 0.7, 1.0, 3.0, 60.0),
 }
+PARTS = (0.0, 0.1, -0.1, 0.7, -0.7, 1.0, -1.0, 3.0, -3.0)
 
 
 def leaves(shape, dtype: str) -> st.SearchStrategy[np.ndarray]:
     if dtype == "complex64":
-        parts = leaves(shape, "float32")
-        return st.builds(lambda re, im: (re + 1j * im).astype(dtype), parts, parts)
+        # Both parts of one size: beside 1e40 a product of 1e-40 is lost in float32.
+        parts = hnp.arrays(np.float64, shape, elements=st.sampled_from(PARTS))
+        sizes = st.sampled_from((1e-30, 1e-20, 1.0, 1e20))
+        return st.builds(
+            lambda re, im, size: (size * (re + 1j * im)).astype(dtype),
+            parts,
+            parts,
+            sizes,
+        )
     signed = [s * x for x in COORDINATES[dtype] for s in (1.0, -1.0)]
     values = hnp.arrays(np.float64, shape, elements=st.sampled_from(signed))
     return values.map(lambda x: x.astype(jnp.dtype(dtype)))
@@ -141,6 +149,26 @@ def test_aligned_fraction_is_the_reference(pair, direction):
     expected = np.mean(np.array(a) > 0) if a else 0.0
     actual = aligned_fraction(u, g, direction=direction)
     assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("opposed_weight", "weights"),
+    [
+        (0.0, [1, 0, 0, 0, 0]),
+        (0.5, [1, 0.5, 0.5, 0.5, 0.5]),
+        (1.0, [1, 1, 1, 1, 1]),
+        (-0.5, [1, -0.5, 0, 0, 0]),
+        (-1.0, [1, -1, 0, 0, 0]),
+    ],
+)
+def test_the_weights_of_aligned_opposed_and_zero_coordinates(opposed_weight, weights):
+    u = jnp.array([1.0, 1.0, 1.0, 0.0, 0.0])
+    g = jnp.array([1.0, -1.0, 0.0, 1.0, 0.0])
+    tx = cautious(opposed_weight=opposed_weight, direction="ascent")
+    actual, _ = tx.update(u, tx.init(u), grad=g)
+    rho = sum(abs(w) for w in weights) / 5
+    expected = [u_i * w / rho for u_i, w in zip(u.tolist(), weights)]
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 

@@ -175,6 +175,16 @@ def test_every_optimizer_passes_axis_name_on(name):
     assert not np.allclose(local[1:], expected[1:], rtol=1e-3)
 
 
+@pytest.mark.parametrize("alignment", ["tensor", "tree"])
+def test_shards_of_different_size_are_weighed_by_their_own(alignment):
+    """Were each shard normalized by itself, seven small ones would outvote a large."""
+    u = jnp.array([1e-15] * 7 + [1e15])
+    g = jnp.array([-1e-15] * 7 + [1e15])
+    tx = cautious(alignment=alignment, direction="ascent", axis_name="shards")
+    update = jax.pmap(lambda u, g: tx.update(u, tx.init(u), grad=g)[0], "shards")
+    np.testing.assert_array_equal(update(u, g), u)
+
+
 def test_without_axis_name_each_shard_counts_for_itself():
     """The trap: the scale would depend on how many devices there are."""
     u = -jnp.ones((8, 4))

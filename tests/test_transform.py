@@ -69,6 +69,20 @@ def test_the_other_extra_arguments_are_passed_on(wrap):
     assert_trees_equal(updates, expected)
 
 
+def test_with_caution_calls_the_optimizer_as_the_caller_did():
+    """Its own `grad`, as a line search takes, is the caller's."""
+    seen = {}
+
+    def update(updates, state, params=None, **extra_args):
+        seen.update(extra_args)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    tx = with_caution(inner)
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, grad="theirs", value=1.0)
+    assert seen == {"grad": "theirs", "value": 1.0}
+
+
 def test_the_state_is_empty():
     assert cautious().init(PARAMS) == optax.EmptyState()
     assert cautious(mask={"w": True, "b": False}).init(PARAMS) == optax.EmptyState()
@@ -139,6 +153,8 @@ def test_aligned_fraction_of_each_leaf():
     [
         {"w": True, "b": False},
         {"w": np.True_, "b": np.False_},
+        {"w": jnp.array(True), "b": jnp.array(False)},
+        {"w": 1, "b": 0},
         lambda updates: {"w": True, "b": False},
         lambda updates: jax.tree.map(lambda u: u.ndim == 2, updates),
     ],
@@ -203,6 +219,9 @@ def test_a_masked_leaf_may_be_of_any_kind():
         ({"opposed_weight": jnp.zeros(2)}, "opposed_weight must be a number"),
         ({"opposed_weight": None}, "opposed_weight must be a number, got None"),
         ({"opposed_weight": lambda step: 0.0}, "use optax.inject_hyperparams"),
+        ({"opposed_weight": 1j}, "opposed_weight must be a real number, got 1j"),
+        ({"axis_name": 3}, "axis_name must be the name of a mapped axis"),
+        ({"axis_name": ("fsdp", 1)}, "axis_name must be the name of a mapped axis"),
         ({"min_fraction": 0.0}, r"min_fraction must lie in \(0, 1\], got 0.0"),
         ({"min_fraction": -1e-3}, r"min_fraction must lie in \(0, 1\]"),
         ({"min_fraction": 1.5}, r"min_fraction must lie in \(0, 1\]"),
@@ -244,6 +263,7 @@ def test_without_a_gradient_the_error_shows_the_ways_out():
         ({**PARAMS, "b": jnp.ones(3)}, r"at \['b'\] has shape \(3,\)"),
         ({**PARAMS, "b": jnp.ones(2, complex)}, r"\['b'\] has dtype complex64"),
         ({**PARAMS, "b": jnp.ones(2, int)}, r"\['b'\] has dtype int32"),
+        ({**PARAMS, "b": "x"}, r"gradient at \['b'\] is 'x', not an array"),
         ({**PARAMS, "b": None}, r"at \['b'\] is None"),
         ({**PARAMS, "b": {"x": jnp.ones(2)}}, r"at \['b'\] is a dict"),
         ({**PARAMS, "b": optax.MaskedNode()}, r"at \['b'\] is a MaskedNode"),
@@ -279,7 +299,8 @@ def test_an_integer_update_is_named():
     [
         {"w": True},
         {"w": True, "b": "yes"},
-        {"w": True, "b": 1},
+        {"w": True, "b": 2},
+        {"w": lambda _: True, "b": lambda _: True},
         [True, False],
         {"w": {"x": True}, "b": True},
     ],
