@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # of 2 MB. Other systems ignore this.
 TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 
-.PHONY: demo sweep quadratic test test-library lint clean
+.PHONY: demo sweep quadratic test test-library test-floor lint clean
 
 demo: $(VENV)/.examples
 	$(TRAIN) -m examples.llama.compare
@@ -33,6 +33,13 @@ test: $(VENV)/.examples $(VENV)/.test
 test-library: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto --ignore tests/examples
 
+# The library on the oldest JAX and Optax that it declares.
+test-floor:
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/pip install --quiet --disable-pip-version-check \
+	  --editable '.[test]' jax==0.7.0 jaxlib==0.7.0 optax==0.2.8
+	.venv-floor/bin/python -m pytest --numprocesses auto --ignore tests/examples
+
 lint: $(VENV)/.examples $(VENV)/.lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -49,4 +56,4 @@ $(VENV)/bin/pip:
 	@$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf .venv .venv-newest build outputs
+	rm -rf .venv .venv-floor .venv-newest build outputs
