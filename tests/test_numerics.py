@@ -136,9 +136,9 @@ def test_float64_is_computed_in_float64():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("alignment", ["tensor", "tree"])
 def test_a_float64_gradient_counts_in_full(alignment):
-    """1 - 1 - 1e-12 is below zero, in float32 it is not."""
-    u = jnp.ones(3, jnp.float32)
-    g = jnp.array([1.0, -1.0, -1e-12], jnp.float64)
+    """1 - (1 + 1e-12) is below zero; in float32, where both are 1, it is not."""
+    u = jnp.ones(2, jnp.float32)
+    g = jnp.array([1.0, -1.0 - 1e-12], jnp.float64)
     tx = cautious(alignment=alignment, direction="ascent")
     np.testing.assert_array_equal(apply(tx, u, g), 0.0)
 
