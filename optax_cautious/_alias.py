@@ -12,7 +12,6 @@ from optax_cautious._rule import Alignment, AxisName, Renormalize
 from optax_cautious._transform import with_caution
 from optax_cautious._trees import Mask
 
-DecayMask = Any | Callable[[optax.Params], Any] | None
 _Coefficients = tuple[ArrayLike, ArrayLike, ArrayLike]
 NsCoeffs = _Coefficients | tuple[_Coefficients, ...] | str
 
@@ -29,7 +28,7 @@ def cautious_adamw(
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: DecayMask = None,
+    mask: Mask = None,
     *,
     nesterov: bool = False,
     alignment: Alignment = "element",
@@ -133,7 +132,7 @@ def cautious_lion(
     b2: ArrayLike = 0.99,
     mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-3,
-    mask: DecayMask = None,
+    mask: Mask = None,
     *,
     alignment: Alignment = "element",
     opposed_weight: ArrayLike = 0.0,
@@ -330,7 +329,7 @@ def cautious_adafactor(
     weight_decay_rate: optax.ScalarOrSchedule | None = None,
     eps: ArrayLike = 1e-30,
     factored: bool = True,
-    weight_decay_mask: DecayMask = None,
+    weight_decay_mask: Mask = None,
     *,
     alignment: Alignment = "element",
     opposed_weight: ArrayLike = 0.0,
@@ -463,7 +462,7 @@ def cautious_muon(
     beta: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     weight_decay: ArrayLike = 0.0,
-    weight_decay_mask: DecayMask = None,
+    weight_decay_mask: Mask = None,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = True,

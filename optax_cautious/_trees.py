@@ -120,15 +120,22 @@ def _checked(path: Any, u: Any, g: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _describe_mismatch(updates: optax.Updates, grad: optax.Updates) -> str:
-    def paths(tree: Any) -> list[str]:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return [_name(path) for path, _ in leaves]
+    ours, _ = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_absent)
+    theirs, _ = jax.tree_util.tree_flatten_with_path(grad)
+    present = [path for path, leaf in ours if not _is_absent(leaf)]
+    absent = [path for path, leaf in ours if _is_absent(leaf)]
+    found = [path for path, _ in theirs]
 
-    ours, theirs = paths(updates), paths(grad)
-    if missing := [p for p in ours if p not in theirs]:
-        detail = f"it has no leaf at {missing[0]}, where the update has one"
-    elif extra := [p for p in theirs if p not in ours]:
-        detail = f"it has a leaf at {extra[0]}, where the update has none"
+    missing = [path for path in present if path not in found]
+    extra = [
+        path
+        for path in found
+        if path not in present and not any(path[: len(a)] == a for a in absent)
+    ]
+    if missing:
+        detail = f"it has no leaf at {_name(missing[0])}, where the update has one"
+    elif extra:
+        detail = f"it has a leaf at {_name(extra[0])}, where the update has none"
     else:
         detail = (
             f"its containers are {jax.tree.structure(grad)}, the update's are "

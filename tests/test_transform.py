@@ -278,6 +278,16 @@ def test_a_gradient_that_does_not_match(grad, message):
         aligned_fraction(PARAMS, grad)
 
 
+def test_what_the_update_leaves_out_is_not_what_is_wrong():
+    """A masked leaf and a None come first, the leaf too many after them."""
+    updates = {"a": optax.MaskedNode(), "b": None, "w": jnp.ones(2)}
+    grad = {"a": {"x": jnp.ones(1)}, "b": jnp.ones(1), "w": jnp.ones(2), "z": 1.0}
+    with pytest.raises(
+        ValueError, match=r"a leaf at \['z'\], where the update has none"
+    ):
+        cautious().update(updates, optax.EmptyState(), grad=grad)
+
+
 def test_a_gradient_in_other_containers():
     with pytest.raises(ValueError, match="its containers are"):
         cautious().update([PARAMS["w"]], optax.EmptyState(), grad=(PARAMS["w"],))
