@@ -5,5 +5,5 @@ and with its cautious version, and reports which learns faster and by how much.
 ``python -m examples.llama.train`` trains one model. ``--help`` lists the options.
 
 A step on a CPU under Linux gets faster with ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``
-in the environment: large pages, where each step touches 150 MB of fresh memory.
+in the environment: each step takes much fresh memory, and large pages take it sooner.
 """

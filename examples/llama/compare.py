@@ -26,6 +26,7 @@ from examples.llama.config import (
     run_command,
 )
 from examples.llama.data import load_corpus
+from examples.llama.model import count_parameters
 from examples.llama.train import Evaluation, History, train
 
 _PAIRS: dict[str, tuple[OptimizerName, OptimizerName]] = {
@@ -161,8 +162,9 @@ def summary(pairs: Sequence[Pair], config: TrainConfig) -> str:
     """Writes the setting, the table and what follows from it, in Markdown."""
     tokens = config.data.batch_size * config.data.sequence_length
     lines = [
-        f"{config.steps} steps of {tokens} tokens, seed {config.seed}, evaluated every "
-        f"{config.eval_every} steps. The two runs of a pair took turns.",
+        f"{count_parameters(config.model):,} parameters, {config.steps} steps of "
+        f"{tokens} tokens, seed {config.seed}, evaluated every {config.eval_every} "
+        "steps. The two runs of a pair took turns.",
         "",
         table(pairs),
         "",

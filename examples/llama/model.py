@@ -132,6 +132,12 @@ class Llama(nnx.Module):
         return self.logits(self.norm(x))
 
 
+def count_parameters(config: ModelConfig) -> int:
+    """Counts the parameters of a model without making it."""
+    shapes = nnx.eval_shape(lambda: nnx.state(Llama(config, nnx.Rngs(0)), nnx.Param))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
 def _linear(
     inputs: int,
     outputs: int,

@@ -35,7 +35,12 @@ from examples.llama.config import (
     TrainConfig,
     run_command,
 )
-from examples.llama.model import Attention, Llama, rotary_embedding
+from examples.llama.model import (
+    Attention,
+    Llama,
+    count_parameters,
+    rotary_embedding,
+)
 from examples.llama.optimizer import make_optimizer
 from examples.llama.train import Evaluation, History
 
@@ -229,6 +234,7 @@ def test_number_of_parameters():
     block = attention + feed_forward + 2 * 32
     expected = 300 * 32 + 2 * block + 32 + 32 * 300
     assert optax.tree.size(params) == expected
+    assert count_parameters(MODEL) == expected
     assert optax.tree.size(nnx.state(Llama(MODEL, nnx.Rngs(0)))) == expected
 
 
@@ -670,6 +676,7 @@ def test_best_against_best(config):
     assert "At 0.001 and 0.002" in line
     assert "validation loss of 4.0000 at step 17 of 20: a ratio of 1.20" in line
     assert "Best" not in compare.summary(pairs((1e-3, 4.0, 3.0)), config)
+    assert text.startswith(f"{count_parameters(config.model):,} parameters, ")
 
 
 def test_several_learning_rates(config, tmp_path):
