@@ -3,7 +3,7 @@
 #   make demo    train the same small Llama with AdamW and with cautious AdamW
 #   make test    run the tests, the docstrings' and the README's examples among them
 #   make lint    ruff and mypy
-#   make sweep   the demo's comparison at four learning rates (half an hour)
+#   make sweep   the demo's comparison at four learning rates (a quarter of an hour)
 
 PYTHON ?= python3
 VENV ?= .venv
