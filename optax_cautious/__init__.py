@@ -7,8 +7,8 @@ from optax_cautious._alias import (
     cautious_muon,
     cautious_sgd,
 )
+from optax_cautious._caution import CautiousState
 from optax_cautious._transform import (
-    CautiousState,
     aligned_fraction,
     cautious,
     provide_gradient,

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from optax_cautious import _caution
+from optax_cautious._adam import scale_by_cautious_adam
 from optax_cautious._rule import Alignment, AxisName, Renormalize
 from optax_cautious._transform import with_caution
 from optax_cautious._trees import Mask
@@ -102,24 +104,25 @@ def cautious_adamw(
       Liang et al, `Cautious Optimizers: Improving Training with One Line of Code
       <https://arxiv.org/abs/2411.16085>`_, 2024
     """
+    caution = _caution.make(
+        direction="ascent",
+        alignment=alignment,
+        opposed_weight=opposed_weight,
+        renormalize=renormalize,
+        min_fraction=min_fraction,
+        axis_name=axis_name,
+        mask=caution_mask,
+        monitor=monitor,
+    )
     return optax.chain(
-        with_caution(
-            optax.scale_by_adam(
-                b1=b1,
-                b2=b2,
-                eps=eps,
-                eps_root=eps_root,
-                mu_dtype=mu_dtype,
-                nesterov=nesterov,
-            ),
-            direction="ascent",
-            alignment=alignment,
-            opposed_weight=opposed_weight,
-            renormalize=renormalize,
-            min_fraction=min_fraction,
-            axis_name=axis_name,
-            mask=caution_mask,
-            monitor=monitor,
+        scale_by_cautious_adam(
+            caution,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            eps_root=eps_root,
+            mu_dtype=mu_dtype,
+            nesterov=nesterov,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -1,5 +1,6 @@
 """The cautious rule on arrays: alignment, weights and their rescaling."""
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -24,12 +25,32 @@ class Rule(NamedTuple):
     axis_name: AxisName
 
 
+class Agreement(NamedTuple):
+    """The a_i of a leaf: int8 of -1, 0 and 1, or NAN where either side is NaN.
+
+    Both fields hold the same numbers. They are two expressions where computing them
+    twice moves less memory than keeping them would.
+    """
+
+    #: What decides the weights.
+    weighed: jax.Array
+    #: What the mean of the weights is taken of.
+    counted: jax.Array
+
+
+NAN = 2
+
+
 def apply(
-    rule: Rule, updates: list[jax.Array], grads: list[jax.Array]
+    rule: Rule,
+    updates: list[jax.Array],
+    grads: list[jax.Array],
+    agreements: list[Agreement],
 ) -> list[jax.Array]:
     """Returns the cautious updates, leaf by leaf."""
     if rule.alignment == "element":
-        return [_by_element(rule, u, g) for u, g in zip(updates, grads, strict=True)]
+        leaves = zip(updates, agreements, strict=True)
+        return [_by_element(rule, u, a) for u, a in leaves]
     if rule.alignment == "tensor":
         pairs = zip(updates, grads, strict=True)
         return [_by_inner_product(rule, [u], [g])[0] for u, g in pairs]
@@ -37,7 +58,7 @@ def apply(
 
 
 def agreement(u: jax.Array, g: jax.Array, direction: Direction) -> jax.Array:
-    """Returns a_i = s * sign(u_i) * sign(g_i), NaN where either side is NaN.
+    """Returns a_i = s * sign(u_i) * sign(g_i), NAN where either side is NaN.
 
     The signs are multiplied, never the values: u_i * g_i underflows to zero long
     before either factor does. For complex leaves a_i = s * sign(Re(u_i * conj(g_i))).
@@ -48,28 +69,38 @@ def agreement(u: jax.Array, g: jax.Array, direction: Direction) -> jax.Array:
         a = jnp.sign(jnp.sum(u * g, axis=0))
     else:
         a = jnp.sign(u) * jnp.sign(g).astype(u.dtype)
-    return _sign(direction) * a
+    a = _sign(direction) * a
+    # One byte a coordinate is all that a compiler may have to keep.
+    return jnp.where(jnp.isnan(a), NAN, a).astype(jnp.int8)
 
 
-def aligned_fraction(
-    u: jax.Array, g: jax.Array, direction: Direction, axis_name: AxisName = None
-) -> jax.Array:
+def compare(u: jax.Array, g: jax.Array, direction: Direction) -> Agreement:
+    a = agreement(u, g, direction)
+    return Agreement(weighed=a, counted=a)
+
+
+def aligned_fraction(a: Agreement, axis_name: AxisName = None) -> jax.Array:
     """Returns the fraction of the coordinates with a_i > 0; 0 for an empty leaf."""
-    if u.size == 0:
+    if a.counted.size == 0:
         return jnp.zeros((), jnp.float32)
-    return _mean(agreement(u, g, direction) > 0, jnp.float32, axis_name)
+    return _mean(a.counted == 1, jnp.float32, axis_name)
 
 
-def _by_element(rule: Rule, u: jax.Array, g: jax.Array) -> jax.Array:
+def _by_element(rule: Rule, u: jax.Array, a: Agreement) -> jax.Array:
     if u.size == 0:
         return u
-    a = agreement(u, g, rule.direction)
     dtype = _accumulator_dtype(u)
     gamma = jnp.asarray(jnp.real(rule.opposed_weight), dtype)
-    w = jnp.where(a > 0, 1, jnp.where(a < 0, gamma, jnp.maximum(gamma, 0)))
-    rho = _mean(jnp.abs(w), dtype, rule.axis_name)
+
+    def weights(a: jax.Array) -> jax.Array:
+        return jnp.where(a == 1, 1, jnp.where(a == -1, gamma, jnp.maximum(gamma, 0)))
+
+    if _is_zero(rule.opposed_weight):
+        rho = _mean(a.counted == 1, dtype, rule.axis_name)
+    else:
+        rho = _mean(jnp.abs(weights(a.counted)), dtype, rule.axis_name)
     # A NaN must stay visible: u * w keeps the update's own, this the gradient's.
-    w = jnp.where(jnp.isnan(a), jnp.nan, w)
+    w = jnp.where(a.weighed == NAN, jnp.nan, weights(a.weighed))
     return _multiply(u, w * _scale(rule, rho, u.size))
 
 
@@ -143,8 +174,39 @@ def _accumulator_dtype(*xs: jax.Array) -> DTypeLike:
 
 
 def _mean(x: jax.Array, dtype: DTypeLike, axis_name: AxisName) -> jax.Array:
-    mean = jnp.mean(x, dtype=dtype)
+    mean = (_fraction if x.dtype == jnp.bool_ else jnp.mean)(x, dtype=dtype)
     return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+
+
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
+def _fraction(mask: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns jnp.mean(mask, dtype=dtype)."""
+    return jax.lax.platform_dependent(
+        mask,
+        cpu=functools.partial(_fraction_on_cpu, dtype=dtype),
+        default=functools.partial(jnp.mean, dtype=dtype),
+    )
+
+
+def _fraction_on_cpu(mask: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Counts groups of fewer than 32 in int8, then the groups.
+
+    XLA:CPU computes what so short a reduction reads as it goes. What a longer one reads
+    it stores first, here as four bytes a coordinate, and fresh memory is dear there.
+    """
+    if mask.ndim == 0 or jax.typeof(mask).sharding.spec[-1] is not None:
+        # An axis that is sharded in the type cannot be split into any groups.
+        return jnp.mean(mask, dtype=dtype)
+    n = mask.shape[-1]
+    group = next(k for k in range(31, 0, -1) if n % k == 0)
+    groups = mask.reshape(*mask.shape[:-1], n // group, group)
+    counts = jnp.sum(groups, axis=-1, dtype=jnp.int8)
+    return jnp.sum(counts, dtype=dtype) / mask.size
+
+
+def _is_zero(x: ArrayLike) -> bool:
+    """Returns whether x is known to be zero when it is compiled."""
+    return not isinstance(x, jax.core.Tracer) and complex(x) == 0
 
 
 def _multiply(u: jax.Array, w: jax.Array) -> jax.Array:

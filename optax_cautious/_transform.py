@@ -1,13 +1,11 @@
 """Caution as an optax transformation, and the ways to hand it the gradient."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_cautious import _checks, _rule, _trees
+from optax_cautious import _caution, _checks, _rule, _trees
 from optax_cautious._rule import Alignment, AxisName, Direction, Renormalize
 from optax_cautious._trees import Mask
 
@@ -17,17 +15,6 @@ given it: it sees only what the link before it returned. Any of these hands it o
   tx = provide_gradient(optax.chain(optax.adamw(3e-4), cautious()))
   tx = with_caution(optax.adamw(3e-4))
   tx = cautious_adamw(3e-4)"""
-
-
-class CautiousState(NamedTuple):
-    """State of :func:`cautious` with ``monitor=True``.
-
-    Attributes:
-      aligned_fraction: float32 scalar, the fraction of all coordinates at which the
-        last update and its gradient agreed; 0 before the first step.
-    """
-
-    aligned_fraction: jax.Array
 
 
 def cautious(
@@ -143,21 +130,16 @@ def cautious(
       Cao et al, `Grams: Gradient Descent with Adaptive Momentum Scaling
       <https://arxiv.org/abs/2412.17107>`_, 2024
     """
-    _checks.check_direction(direction)
-    _checks.check_alignment(alignment)
-    _checks.check_renormalize(renormalize)
-    _checks.check_opposed_weight(opposed_weight)
-    _checks.check_min_fraction(min_fraction)
-    _checks.check_axis_name(axis_name)
-    rule = _rule.Rule(
-        direction, alignment, opposed_weight, renormalize, min_fraction, axis_name
+    caution = _caution.make(
+        direction=direction,
+        alignment=alignment,
+        opposed_weight=opposed_weight,
+        renormalize=renormalize,
+        min_fraction=min_fraction,
+        axis_name=axis_name,
+        mask=mask,
+        monitor=monitor,
     )
-
-    def init_fn(params: optax.Params) -> optax.OptState:
-        del params
-        if monitor:
-            return CautiousState(aligned_fraction=jnp.zeros((), jnp.float32))
-        return optax.EmptyState()
 
     def update_fn(
         updates: optax.Updates,
@@ -170,14 +152,9 @@ def cautious(
         del params, extra_args
         if grad is None:
             raise ValueError(_NO_GRADIENT)
-        selected = updates if mask is None else _trees.select(updates, mask)
-        pairs = _trees.pair(selected, grad)
-        new = pairs.unflatten(_rule.apply(rule, pairs.updates, pairs.grads))
-        if monitor:
-            state = CautiousState(_tree_fraction(pairs, direction, axis_name))
-        return new if mask is None else _trees.fill(new, updates), state
+        return caution.update(updates, state, grad)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(caution.init, update_fn)
 
 
 def provide_gradient(
@@ -291,7 +268,7 @@ def with_caution(
       Liang et al, `Cautious Optimizers: Improving Training with One Line of Code
       <https://arxiv.org/abs/2411.16085>`_, 2024
     """
-    caution = cautious(
+    caution = _caution.make(
         direction=direction,
         alignment=alignment,
         opposed_weight=opposed_weight,
@@ -301,25 +278,7 @@ def with_caution(
         mask=mask,
         monitor=monitor,
     )
-    inner = optax.with_extra_args_support(optimizer)
-
-    def init_fn(params: optax.Params) -> optax.OptState:
-        state = inner.init(params)
-        return (state, caution.init(params)) if monitor else state
-
-    def update_fn(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        grad = updates
-        state, last = state if monitor else (state, optax.EmptyState())
-        updates, state = inner.update(grad, state, params, **extra_args)
-        updates, last = caution.update(updates, last, params, grad=grad)
-        return updates, (state, last) if monitor else state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _caution.wrap(optimizer, caution)
 
 
 def aligned_fraction(
@@ -364,21 +323,7 @@ def aligned_fraction(
     pairs = _trees.pair(updates, grad)
     return pairs.unflatten(
         [
-            _rule.aligned_fraction(u, g, direction)
+            _rule.aligned_fraction(_rule.compare(u, g, direction))
             for u, g in zip(pairs.updates, pairs.grads, strict=True)
         ]
     )
-
-
-def _tree_fraction(
-    pairs: _trees.Pairs, direction: Direction, axis_name: AxisName
-) -> jax.Array:
-    """Returns the mean of the leaves' fractions, weighted by their sizes."""
-    sizes = jnp.array([u.size for u in pairs.updates], jnp.float32)
-    fractions = [
-        _rule.aligned_fraction(u, g, direction, axis_name)
-        for u, g in zip(pairs.updates, pairs.grads, strict=True)
-    ]
-    if not any(u.size for u in pairs.updates):
-        return jnp.zeros((), jnp.float32)
-    return jnp.average(jnp.stack(fractions), weights=sizes)

@@ -19,6 +19,8 @@ class Pairs(NamedTuple):
     grads: list[jax.Array]
     #: Puts a list as long as `updates` back into the update's tree.
     unflatten: Callable[[list[jax.Array]], optax.Updates]
+    #: Lists what a tree like the update's holds at its arrays.
+    flatten: Callable[[optax.Updates], list[Any]]
 
 
 def pair(updates: optax.Updates, grad: optax.Updates) -> Pairs:
@@ -44,7 +46,11 @@ def pair(updates: optax.Updates, grad: optax.Updates) -> Pairs:
         replaced = dict(zip(present, new, strict=True))
         return treedef.unflatten(replaced.get(i, x) for i, x in enumerate(leaves))
 
-    return Pairs([u for u, _ in pairs], [g for _, g in pairs], unflatten)
+    def flatten(tree: optax.Updates) -> list[Any]:
+        leaves = treedef.flatten_up_to(tree)
+        return [leaves[i] for i in present]
+
+    return Pairs([u for u, _ in pairs], [g for _, g in pairs], unflatten, flatten)
 
 
 def select(updates: optax.Updates, mask: Mask) -> optax.Updates:
