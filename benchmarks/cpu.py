@@ -1,0 +1,65 @@
+"""What a step costs on this machine's CPU: optimizers with caution and without.
+
+``python -m benchmarks.cpu`` times each cautious optimizer against its base, the two in
+turns, and prints the medians and how much memory the step takes for temporaries.
+"""
+
+import statistics
+from typing import Literal
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from benchmarks.steps import LLAMAS, count, markdown_table
+from benchmarks.timing import Stepper, take_turns
+
+PAIRS = [
+    ("optax.adamw", "cautious_adamw"),
+    ("optax.adamw", "chain(optax.adamw, cautious)"),
+    ("optax.adamw", "with_caution(optax.adamw)"),
+    ("optax.lion", "cautious_lion"),
+    ("optax.sgd", "cautious_sgd"),
+]
+
+
+def main(model: Literal["1M", "10M", "58M", "200M"] = "58M", rounds: int = 30) -> None:
+    """Print what caution costs on this machine.
+
+    Args:
+        model: the Llama whose shapes the leaves have, in float32.
+        rounds: steps of each optimizer that are timed.
+    """
+    shapes = LLAMAS[model]
+    array = 4 * count(shapes)
+    rows = []
+    with tqdm(total=len(PAIRS) * rounds, unit="round") as bar:
+        for base_name, name in PAIRS:
+            bar.set_description(f"Compiling {name}")
+            base, other = Stepper(base_name, shapes), Stepper(name, shapes)
+            for pair in take_turns(base, other, rounds):  # noqa: B007 (the last one)
+                bar.set_description(name, refresh=False)
+                bar.update()
+            low, high = pair.quartiles
+            rows.append(
+                (
+                    name,
+                    base_name,
+                    f"{1e3 * statistics.median(pair.other):.0f}",
+                    f"{1e3 * statistics.median(pair.base):.0f}",
+                    f"{pair.ratio:.2f} ({low:.2f} to {high:.2f})",
+                    f"{other.temporaries / array:.2f}",
+                    f"{base.temporaries / array:.2f}",
+                )
+            )
+    print(
+        f"{count(shapes) / 1e6:.1f} million float32 parameters, jax {jax.__version__} "
+        f"on {jax.devices()[0].device_kind}; times in ms, temporaries in arrays of all "
+        "parameters.\n"
+    )
+    header = ("optimizer", "base", "time", "base's", "ratio (quartiles)")
+    print(markdown_table((*header, "temporaries", "base's"), rows))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

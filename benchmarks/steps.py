@@ -1,0 +1,88 @@
+"""The step that is measured: which optimizers, on which leaves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+import optax_cautious
+
+Shape = tuple[int, ...]
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 0.1
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "optax.adamw": optax.adamw,
+    "cautious_adamw": optax_cautious.cautious_adamw,
+    "chain(optax.adamw, cautious)": lambda *args, **kwargs: (
+        optax_cautious.provide_gradient(
+            optax.chain(optax.adamw(*args, **kwargs), optax_cautious.cautious())
+        )
+    ),
+    "with_caution(optax.adamw)": lambda *args, **kwargs: optax_cautious.with_caution(
+        optax.adamw(*args, **kwargs)
+    ),
+    "optax.lion": optax.lion,
+    "cautious_lion": optax_cautious.cautious_lion,
+    "optax.sgd": lambda *args, **_: optax.sgd(*args, momentum=0.9),
+    "cautious_sgd": lambda *args, **_: optax_cautious.cautious_sgd(*args, momentum=0.9),
+}
+"""What is compared, by the name that the tables print."""
+
+
+def make_optimizer(name: str) -> optax.GradientTransformation:
+    """Makes one of the optimizers, with weight decay where it has any."""
+    return OPTIMIZERS[name](LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+
+def optimizer_step(tx: optax.GradientTransformation) -> Step:
+    """Makes the function from parameters, state and gradients to the new first two."""
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def llama_shapes(
+    hidden: int, intermediate: int, layers: int, vocabulary: int = 32_000
+) -> list[Shape]:
+    """Lists the leaves of a Llama with as many key/value heads as query heads."""
+    block: list[Shape] = [
+        *[(hidden, hidden)] * 4,
+        *[(hidden, intermediate)] * 2,
+        (intermediate, hidden),
+        *[(hidden,)] * 2,
+    ]
+    return [(vocabulary, hidden), *block * layers, (hidden,), (hidden, vocabulary)]
+
+
+LLAMAS: dict[str, list[Shape]] = {
+    "1M": llama_shapes(128, 344, 3, vocabulary=2048),
+    "10M": llama_shapes(128, 352, 4),
+    "58M": llama_shapes(512, 1376, 8),
+    "200M": llama_shapes(1024, 2736, 10),
+}
+"""Models by their number of parameters; 58M is the 60M model of the paper."""
+
+
+def count(shapes: Sequence[Shape]) -> int:
+    """Counts the coordinates of all leaves."""
+    return sum(jax.ShapeDtypeStruct(shape, bool).size for shape in shapes)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Formats a table whose columns line up."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| "
+        + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    )

@@ -1,0 +1,84 @@
+"""Paired timing on the device at hand: both sides in one process, taking turns."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.steps import Shape, make_optimizer, optimizer_step
+
+WARM_UP = 3
+
+
+class Pair(NamedTuple):
+    """The times of a base and of what is compared with it, round by round."""
+
+    base: list[float]
+    """Seconds of a step."""
+    other: list[float]
+    """Seconds of a step."""
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as long as the base the other took, in each round."""
+        return [b / a for a, b in zip(self.base, self.other, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """The median over the rounds."""
+        return statistics.median(self.ratios)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The ratios that half of the rounds lie between."""
+        first, _, third = statistics.quantiles(self.ratios, n=4)
+        return first, third
+
+
+def take_turns(
+    base: Callable[[], None], other: Callable[[], None], rounds: int
+) -> Iterator[Pair]:
+    """Times two functions alternately, and yields all times after each round."""
+    pair = Pair([], [])
+    for i in range(WARM_UP + rounds):
+        for function, seconds in ((base, pair.base), (other, pair.other)):
+            start = time.perf_counter()
+            function()
+            if i >= WARM_UP:
+                seconds.append(time.perf_counter() - start)
+        if i >= WARM_UP:
+            yield pair
+
+
+class Stepper:
+    """A compiled optimizer step with its parameters, state and fixed gradients."""
+
+    def __init__(self, name: str, shapes: Sequence[Shape]) -> None:
+        """Makes the arrays and compiles the step."""
+        tx = make_optimizer(name)
+        self.params = normal_like(shapes, seed=0)
+        self.grads = normal_like(shapes, seed=1)
+        self.state = jax.jit(tx.init)(self.params)
+        step = jax.jit(optimizer_step(tx), donate_argnums=(0, 1))
+        self.step = step.lower(self.params, self.state, self.grads).compile()
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes that a step takes besides its arguments and results."""
+        return int(self.step.memory_analysis().temp_size_in_bytes)
+
+    def __call__(self) -> None:
+        """Takes a step, and waits for it."""
+        arguments = (self.params, self.state, self.grads)
+        self.params, self.state = jax.block_until_ready(self.step(*arguments))
+
+
+def normal_like(shapes: Sequence[Shape], seed: int) -> list[jax.Array]:
+    """Draws arrays of the size that weights and gradients have."""
+    rng = np.random.default_rng(seed)
+    draw = rng.standard_normal
+    return [jnp.asarray(0.02 * draw(s, dtype=np.float32)) for s in shapes]

@@ -1,0 +1,146 @@
+"""What a step moves on a TPU, by the TPU compiler's own account.
+
+``python -m benchmarks.tpu`` compiles the step of each optimizer for a slice, on this
+machine's CPU, and prints the bytes that the compiler says the step accesses, in units
+of one array of all parameters. Nothing is run. It needs the ``tpu`` extra.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.stages import Compiled
+from tqdm import tqdm
+
+from benchmarks.steps import (
+    OPTIMIZERS,
+    Shape,
+    count,
+    make_optimizer,
+    markdown_table,
+    optimizer_step,
+)
+
+DType = Literal["float32", "bfloat16"]
+
+# 256 MB a device on 2x2 chips. Smaller leaves are prefetched into the chips' vector
+# memory, which the compiler counts as bytes that are accessed once more.
+LARGE: list[Shape] = [(8192, 32_768)]
+# The norms and biases of a large model beside some of its matrices.
+MIXED: list[Shape] = [*LARGE * 2, *[(4096,)] * 200, *[(512, 512)] * 50]
+
+
+class Account(NamedTuple):
+    """What the compiler says about a step; sizes in arrays of all parameters."""
+
+    moved: float
+    """Bytes accessed."""
+    temporaries: float
+    """Peak memory without arguments and results."""
+    all_reduces: int
+    all_gathers: int
+
+
+def make_mesh(topology: str) -> Mesh:
+    """Makes a mesh with one axis over the chips of a slice, such as v5e:2x2."""
+    # Without these libtpu looks for the chips of this machine and for its metadata.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.partition(":")[0])
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    devices = topologies.get_topology_desc(topology, "tpu").devices
+    return Mesh(np.array(devices), ("fsdp",))
+
+
+def shard(tree: Any, mesh: Mesh) -> Any:
+    """Shards the first axis of the large arrays of a tree of shapes and dtypes."""
+
+    def sharded(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        large = x.size >= 2**16 and x.shape[0] % mesh.size == 0
+        sharding = NamedSharding(mesh, P("fsdp") if large else P())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(sharded, tree)
+
+
+def compile_step(
+    step: Callable[..., Any], mesh: Mesh, donated: Sequence[Any], *others: Any
+) -> Compiled:
+    """Compiles a step whose donated arguments make room for its results."""
+    arguments = shard((*donated, *others), mesh)
+    jitted = jax.jit(step, donate_argnums=tuple(range(len(donated))))
+    return jitted.lower(*arguments).compile()
+
+
+def bytes_accessed(compiled: Compiled) -> float:
+    """Returns the bytes that one device reads and writes."""
+    return compiled.cost_analysis()["bytes accessed"]
+
+
+def count_operations(compiled: Compiled, operation: str) -> int:
+    """Counts an operation, be it asynchronous or not."""
+    return len(re.findall(rf" {operation}(?:-start)?\(", compiled.as_text()))
+
+
+def account(name: str, shapes: Sequence[Shape], dtype: DType, mesh: Mesh) -> Account:
+    """Compiles the step of an optimizer with parameters and moments of one dtype."""
+    tx = make_optimizer(name)
+    params = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
+    state = jax.eval_shape(tx.init, params)
+    compiled = compile_step(optimizer_step(tx), mesh, (params, state), params)
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    extra = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - results
+    array = count(shapes) * jnp.dtype(dtype).itemsize / mesh.size
+    return Account(
+        moved=bytes_accessed(compiled) / array,
+        temporaries=extra / array,
+        all_reduces=count_operations(compiled, "all-reduce"),
+        all_gathers=count_operations(compiled, "all-gather"),
+    )
+
+
+def main(topologies: tuple[str, ...] = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")) -> None:
+    """Print what each optimizer's step moves on each kind of TPU.
+
+    Args:
+        topologies: kind and arrangement of the chips.
+    """
+    cases: list[tuple[str, list[Shape], DType, str]] = [
+        ("one large leaf", LARGE, "float32", topologies[0]),
+        ("one large leaf", LARGE, "bfloat16", topologies[0]),
+        ("2 large leaves and 250 small", MIXED, "float32", topologies[0]),
+        *(("one large leaf", LARGE, "float32", t) for t in topologies[1:]),
+    ]
+    with tqdm(total=len(cases) * len(OPTIMIZERS), unit="program") as bar:
+        for leaves, shapes, dtype, topology in cases:
+            mesh = make_mesh(topology)
+            rows = []
+            for name in OPTIMIZERS:
+                bar.set_description(f"Compiling {name} for {topology}")
+                a = account(name, shapes, dtype, mesh)
+                rows.append(
+                    (
+                        name,
+                        f"{a.moved:.2f}",
+                        f"{a.temporaries:.2f}",
+                        str(a.all_reduces),
+                        str(a.all_gathers),
+                    )
+                )
+                bar.update()
+            title = f"{topology}, {leaves}, {dtype}"
+            header = (title, "moved", "temporaries", "all-reduces", "all-gathers")
+            tqdm.write(markdown_table(header, rows) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    tyro.cli(main)
