@@ -27,8 +27,8 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     ),
     "optax.lion": optax.lion,
     "cautious_lion": optax_cautious.cautious_lion,
-    "optax.sgd": lambda *args, **_: optax.sgd(*args, momentum=0.9),
-    "cautious_sgd": lambda *args, **_: optax_cautious.cautious_sgd(*args, momentum=0.9),
+    "optax.sgd": lambda rate, **_: optax.sgd(rate, momentum=0.9),
+    "cautious_sgd": lambda rate, **_: optax_cautious.cautious_sgd(rate, momentum=0.9),
 }
 """What is compared, by the name that the tables print."""
 

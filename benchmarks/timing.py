@@ -69,7 +69,8 @@ class Stepper:
     @property
     def temporaries(self) -> int:
         """Bytes that a step takes besides its arguments and results."""
-        return int(self.step.memory_analysis().temp_size_in_bytes)
+        analysis: Any = self.step.memory_analysis()
+        return int(analysis.temp_size_in_bytes)
 
     def __call__(self) -> None:
         """Takes a step, and waits for it."""

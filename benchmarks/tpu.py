@@ -81,12 +81,13 @@ def compile_step(
 
 def bytes_accessed(compiled: Compiled) -> float:
     """Returns the bytes that one device reads and writes."""
-    return compiled.cost_analysis()["bytes accessed"]
+    analysis: Any = compiled.cost_analysis()
+    return float(analysis["bytes accessed"])
 
 
 def count_operations(compiled: Compiled, operation: str) -> int:
     """Counts an operation, be it asynchronous or not."""
-    return len(re.findall(rf" {operation}(?:-start)?\(", compiled.as_text()))
+    return len(re.findall(rf" {operation}(?:-start)?\(", str(compiled.as_text())))
 
 
 def account(name: str, shapes: Sequence[Shape], dtype: DType, mesh: Mesh) -> Account:
@@ -95,7 +96,7 @@ def account(name: str, shapes: Sequence[Shape], dtype: DType, mesh: Mesh) -> Acc
     params = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
     state = jax.eval_shape(tx.init, params)
     compiled = compile_step(optimizer_step(tx), mesh, (params, state), params)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     extra = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - results
     array = count(shapes) * jnp.dtype(dtype).itemsize / mesh.size

@@ -99,7 +99,9 @@ def test_the_compiled_step_gathers_no_parameter(name):
     assert "all-to-all" not in compiled
     shapes = " ".join(re.findall(r"= (.*?) all-reduce(?:-start)?\(", compiled))
     assert re.search(r"\w+\[\]", shapes)
-    assert not re.search(r"\w+\[\d", shapes)  # fractions or inner products: scalars
+    # Fractions and inner products are scalars. On a CPU, counts of a few in a byte may
+    # be added up before.
+    assert not re.search(r"(?<!\bs8)\[\d", shapes)
 
 
 def shard_mapped(rule, check_vma: bool):

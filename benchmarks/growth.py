@@ -1,0 +1,87 @@
+"""How the cost grows with the model, on this machine's CPU.
+
+``python -m benchmarks.growth`` times optax.adamw, cautious_adamw and the chain on the
+shapes of four Llamas, and draws the time of a step and its temporary memory.
+"""
+
+import statistics
+from pathlib import Path
+
+import jax
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from benchmarks.steps import LLAMAS, count, markdown_table
+from benchmarks.timing import Stepper, take_turns
+
+BASE = "optax.adamw"
+OTHERS = ("cautious_adamw", "chain(optax.adamw, cautious)")
+COLORS = {BASE: "tab:gray", OTHERS[0]: "tab:blue", OTHERS[1]: "tab:orange"}
+
+
+def draw(
+    sizes: list[int], times: dict[str, list[float]], memory: dict[str, list[int]]
+) -> Figure:
+    """Draws seconds and bytes over the number of parameters."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, color in COLORS.items():
+        left.loglog(sizes, times[name], "o-", color=color, label=name)
+        right.loglog(
+            sizes, [b / 1e6 for b in memory[name]], "o-", color=color, label=name
+        )
+    parameters = [4e-6 * size for size in sizes]
+    right.loglog(sizes, parameters, ":", color="black", label="the parameters")
+    left.set(xlabel="parameters", ylabel="ms a step")
+    right.set(xlabel="parameters", ylabel="MB of temporaries")
+    # The base takes a few bytes, which a logarithm would make all of the axis.
+    right.set_ylim(bottom=1e-3)
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main(rounds: int = 20, picture: Path = Path("docs/growth.png")) -> None:
+    """Print and draw how the cost of a step grows.
+
+    Args:
+        rounds: steps of each optimizer that are timed.
+        picture: where the plot goes.
+    """
+    sizes, rows = [], []
+    times: dict[str, list[float]] = {name: [] for name in COLORS}
+    memory: dict[str, list[int]] = {name: [] for name in COLORS}
+    with tqdm(total=len(LLAMAS) * len(OTHERS) * rounds, unit="round") as bar:
+        for model, shapes in LLAMAS.items():
+            sizes.append(count(shapes))
+            row = [f"{count(shapes) / 1e6:.1f} million"]
+            for name in OTHERS:
+                bar.set_description(f"Compiling {name}, {model}")
+                base, other = Stepper(BASE, shapes), Stepper(name, shapes)
+                for pair in take_turns(base, other, rounds):  # noqa: B007 (the last)
+                    bar.set_description(f"{name}, {model}", refresh=False)
+                    bar.update()
+                if name == OTHERS[0]:
+                    times[BASE].append(1e3 * statistics.median(pair.base))
+                    memory[BASE].append(base.temporaries)
+                    row.append(f"{times[BASE][-1]:.1f}")
+                times[name].append(1e3 * statistics.median(pair.other))
+                memory[name].append(other.temporaries)
+                row.append(f"{times[name][-1]:.1f} ({pair.ratio:.2f})")
+                row.append(f"{memory[name][-1] / 1e6:.1f} MB")
+                del base, other
+            rows.append(row)
+    print(f"float32, jax {jax.__version__}; ms a step (ratio) and temporaries.\n")
+    header = ["parameters", BASE]
+    for name in OTHERS:
+        header += [name, "temporaries"]
+    print(markdown_table(header, rows))
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(sizes, times, memory).savefig(picture, dpi=150)
+    print(f"picture: {picture}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,186 @@
+"""cautious_adamw, which counts by the first moment, is the chain, which cannot.
+
+The default branch of platform_dependent, which other backends than the CPU take, runs
+on a CPU just as well: each comparison is made with either branch.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optax_cautious import _adam, _rule, cautious_adamw, with_caution
+
+SHAPES = {"matrix": (48, 31), "vector": (129,), "scalar": (), "empty": (0, 3)}
+CAUTION = {
+    "default": {},
+    "soft": {"opposed_weight": 0.25},
+    "grams": {"opposed_weight": -1.0, "renormalize": "none"},
+    "paper": {"renormalize": "paper"},
+    "tensor": {"alignment": "tensor"},
+    "tree": {"alignment": "tree"},
+    "masked": {"mask": {"matrix": True, "vector": False, "scalar": True, "empty": 1}},
+    "monitor": {"monitor": True},
+}
+ADAM = {
+    "default": {},
+    "mu_dtype": {"mu_dtype": jnp.bfloat16},
+    "nesterov": {"nesterov": True},
+    "nesterov_mu_dtype": {"nesterov": True, "mu_dtype": jnp.bfloat16},
+    "eps_root": {"eps_root": 1e-3, "eps": 0.0, "b1": 0.5, "b2": 0.9},
+    "no_momentum": {"b1": 0.0},
+}
+CASES = [(a, "default") for a in ADAM] + [("default", c) for c in CAUTION]
+CASES += [("nesterov", c) for c in ("soft", "monitor")]
+
+
+@pytest.fixture(params=["cpu", "default"], autouse=True)
+def branch(request, monkeypatch):
+    def chosen(*args, default, **branches):
+        return branches.get(request.param, default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+
+
+def gradients(step: int, dtype=jnp.float32):
+    """Normal numbers of many magnitudes, a tenth of them exactly zero."""
+    rng = np.random.default_rng(step)
+
+    def leaf(shape):
+        magnitude = 10.0 ** rng.uniform(-12, 3, shape)
+        g = magnitude * rng.standard_normal(shape) * (rng.random(shape) > 0.1)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            g = g + 1j * magnitude * rng.standard_normal(shape)
+        return jnp.asarray(g, dtype)
+
+    return {name: leaf(shape) for name, shape in SHAPES.items()}
+
+
+def both(adam, caution):
+    """Returns the fused form and the chain, without decay, so that a mask shows."""
+    renamed = {("caution_mask" if k == "mask" else k): v for k, v in caution.items()}
+    fused = cautious_adamw(1.0, weight_decay=0.0, **adam, **renamed)
+    chain = optax.chain(
+        with_caution(optax.scale_by_adam(**adam), direction="ascent", **caution),
+        optax.add_decayed_weights(0.0),
+        optax.scale_by_learning_rate(1.0),
+    )
+    return fused, chain
+
+
+def assert_equal_updates(actual, expected):
+    """Equal masks, and values within 2 ulp of the update's scale."""
+    for name, e in expected.items():
+        a, e = np.asarray(actual[name]), np.asarray(e)
+        np.testing.assert_array_equal(a == 0, e == 0)
+        ulp = jnp.finfo(e.dtype).eps * np.abs(e).max(initial=0).astype(np.float64)
+        np.testing.assert_allclose(a, e, rtol=0, atol=2 * ulp)
+
+
+@pytest.mark.parametrize(("adam", "caution"), CASES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+def test_the_fused_form_is_the_chain(adam, caution, dtype):
+    fused, chain = both(ADAM[adam], CAUTION[caution])
+    params = jax.tree.map(jnp.ones_like, gradients(0, dtype))
+    state, expected_state = fused.init(params), chain.init(params)
+    chex.assert_trees_all_equal_structs(state, expected_state)
+    update, expected_update = jax.jit(fused.update), jax.jit(chain.update)
+    for step in range(10):
+        grads = gradients(step, dtype)
+        updates, state = update(grads, state, params)
+        expected, expected_state = expected_update(grads, expected_state, params)
+        assert_equal_updates(updates, expected)
+        chex.assert_trees_all_close(state, expected_state, rtol=1e-6)
+    # Some coordinate has been opposed at the last step, and not all.
+    if caution == "default" and adam != "no_momentum":
+        assert 0.2 < np.mean(np.asarray(updates["matrix"]) == 0) < 0.8
+
+
+def test_the_state_is_that_of_optax_adamw():
+    params = gradients(0)
+    for adam in ADAM.values():
+        ours = cautious_adamw(1.0, **adam).init(params)
+        chex.assert_trees_all_equal(ours, optax.adamw(1.0, **adam).init(params))
+
+
+def test_a_nan_stays_where_it_is():
+    fused, chain = both({}, {})
+    grads = gradients(0)
+    grads["matrix"] = grads["matrix"].at[3, 5].set(jnp.nan)
+    for tx in (fused, chain):
+        updates, _ = jax.jit(tx.update)(grads, tx.init(grads), grads)
+        assert np.isnan(updates["matrix"][3, 5])
+        assert np.isnan(updates["matrix"]).sum() == 1
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_moment_has_the_sign_of_the_update(nesterov):
+    adam = optax.scale_by_adam(nesterov=nesterov)
+    state = adam.init(gradients(0))
+    for step in range(10):
+        grads = gradients(step)
+        updates, new = adam.update(grads, state)
+        moments = jax.tree.map(
+            functools.partial(
+                _adam._momentum, b1=0.9, count=state.count, nesterov=nesterov
+            ),
+            grads,
+            state.mu,
+        )
+        chex.assert_trees_all_equal(
+            jax.tree.map(jnp.sign, moments), jax.tree.map(jnp.sign, updates)
+        )
+        state = new
+
+
+def test_an_update_that_underflows_is_counted_by_its_moment():
+    # What the docstring says of the one difference: 1e-30 / sqrt(1e20) is zero.
+    adam = optax.scale_by_adam()
+    grads = jnp.array([1e-30, 1.0])
+    state = adam.init(grads)._replace(nu=jnp.array([1e20, 1e-3]))
+    fused, chain = both({}, {})
+    for tx, factor in ((fused, 1.0), (chain, 2.0)):
+        old = (state, *tx.init(grads)[1:])
+        updates, _ = tx.update(grads, old, grads)
+        (_, plain), _ = adam.update(grads, state)
+        chex.assert_trees_all_close(updates, jnp.array([0.0, -factor * plain]))
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (31,), (37,), (64,), (3, 50257), (5, 4, 9)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_count_on_a_cpu_is_the_mean(shape, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        mask = jax.random.bernoulli(jax.random.key(0), 0.3, shape)
+        count = functools.partial(_rule._fraction_on_cpu, dtype=jnp.dtype(dtype))
+        actual = jax.jit(count)(mask)
+        assert actual.dtype == dtype
+        expected = np.asarray(mask).mean(dtype=dtype)
+        np.testing.assert_allclose(actual, expected, rtol=jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x"), P("x", "y"), P()])
+@pytest.mark.parametrize("columns", [24, 1376])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_leaves_whatever_the_type_of_the_axes(spec, columns, axis_type):
+    # An axis that is sharded in the type can only be split where the shards are.
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    grads = [jax.random.normal(jax.random.key(i), (16, columns)) for i in range(3)]
+    tx = cautious_adamw(1.0, weight_decay=0.0)
+
+    def train(grads):
+        state = tx.init(grads[0])
+        for g in grads:
+            updates, state = tx.update(g, state, g)
+        return updates
+
+    expected = jax.jit(train)(grads)
+    actual = jax.jit(train)(jax.device_put(grads, NamedSharding(mesh, spec)))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
