@@ -3,6 +3,7 @@
 #   make demo    train the same small Llama with AdamW and with cautious AdamW
 #   make test    run the tests, the docstrings' and the README's examples among them
 #   make lint    ruff and mypy
+#   make costs   what caution costs, by the TPU's compiler and on this machine's CPU
 #   make sweep   the demo's comparison at four learning rates (a quarter of an hour)
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 # of 2 MB. Other systems ignore this.
 TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 
-.PHONY: demo sweep quadratic test test-library test-floor lint clean
+.PHONY: demo sweep quadratic costs peers test test-library test-floor test-tpu lint clean
 
 demo: $(VENV)/.examples
 	$(TRAIN) -m examples.llama.compare
@@ -25,6 +26,16 @@ sweep: $(VENV)/.examples
 
 quadratic: $(VENV)/.examples
 	$(BIN)/python -m examples.quadratic
+
+# The TPU's compiler has an environment of its own: where it is installed, JAX looks for
+# a TPU whenever it starts.
+costs: $(VENV)/.examples .venv-tpu
+	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.growth
+	.venv-tpu/bin/python -m benchmarks.tpu
+
+peers: $(VENV)/.peers
+	$(BIN)/python -m benchmarks.peers
 
 test: $(VENV)/.examples $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto
@@ -40,6 +51,9 @@ test-floor:
 	  --editable '.[test]' jax==0.7.0 jaxlib==0.7.0 optax==0.2.8
 	.venv-floor/bin/python -m pytest --numprocesses auto --ignore tests/examples
 
+test-tpu: .venv-tpu
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_tpu.py
+
 lint: $(VENV)/.examples $(VENV)/.lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -50,10 +64,17 @@ $(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 
+.venv-tpu: pyproject.toml
+	@echo "Installing the TPU's compiler into .venv-tpu (a minute) ..."
+	@$(PYTHON) -m venv .venv-tpu
+	@.venv-tpu/bin/pip install --quiet --disable-pip-version-check \
+	  --editable '.[tpu,test]'
+	@touch .venv-tpu
+
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...")'
 	@$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest build outputs
+	rm -rf .venv .venv-floor .venv-newest .venv-tpu build outputs

@@ -28,15 +28,14 @@ def draw(
     left, right = figure.subplots(1, 2)
     for name, color in COLORS.items():
         left.loglog(sizes, times[name], "o-", color=color, label=name)
-        right.loglog(
-            sizes, [b / 1e6 for b in memory[name]], "o-", color=color, label=name
-        )
+        # A base that takes a few bytes would make the logarithm's axis all empty.
+        if max(memory[name]) > 1e3:
+            megabytes = [b / 1e6 for b in memory[name]]
+            right.loglog(sizes, megabytes, "o-", color=color, label=name)
     parameters = [4e-6 * size for size in sizes]
     right.loglog(sizes, parameters, ":", color="black", label="the parameters")
     left.set(xlabel="parameters", ylabel="ms a step")
     right.set(xlabel="parameters", ylabel="MB of temporaries")
-    # The base takes a few bytes, which a logarithm would make all of the axis.
-    right.set_ylim(bottom=1e-3)
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
