@@ -178,7 +178,6 @@ def _mean(x: jax.Array, dtype: DTypeLike, axis_name: AxisName) -> jax.Array:
     return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
 
 
-@functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def _fraction(mask: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns jnp.mean(mask, dtype=dtype)."""
     return jax.lax.platform_dependent(

@@ -5,6 +5,7 @@ Nothing is executed: the compiler runs on any machine. ``make test-tpu`` install
 
 import importlib.util
 
+import jax
 import pytest
 
 if importlib.util.find_spec("libtpu") is None:
@@ -48,3 +49,9 @@ def test_one_all_reduce_for_250_leaves():
     assert found.moved < 9.2
     assert found.all_reduces == 1
     assert found.all_gathers == 0
+
+
+def test_without_the_barrier_half_an_array_more(monkeypatch):
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
+    found = account("cautious_adamw", LARGE, "float32", make_mesh(TOPOLOGY))
+    assert found.moved == pytest.approx(9.5, abs=0.01)

@@ -1,0 +1,47 @@
+"""Temporary memory on a CPU, where fresh memory is what a step waits for."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from optax_cautious import _rule, cautious_adamw, cautious_sgd, with_caution
+
+SHAPES = [(512, 1376), (1024, 512), (3, 50257), (512,)]
+
+
+def temporaries(tx: optax.GradientTransformation) -> float:
+    """Returns the temporary memory of a step, in arrays of all parameters."""
+    params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in SHAPES]
+    state = jax.eval_shape(tx.init, params)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+    used = compiled.compile().memory_analysis().temp_size_in_bytes
+    return used / (4 * sum(p.size for p in params))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        cautious_adamw(1e-3),
+        cautious_adamw(1e-3, nesterov=True),
+        cautious_adamw(1e-3, monitor=True),
+        cautious_sgd(1e-3, momentum=0.9),
+    ],
+    ids=["adamw", "nesterov", "monitor", "sgd"],
+)
+def test_there_is_next_to_none(tx):
+    assert temporaries(tx) < 0.05
+
+
+def test_the_chain_keeps_the_update_and_nothing_more():
+    assert temporaries(with_caution(optax.adamw(1e-3))) < 1.05
+
+
+def test_the_plain_mean_would_take_as_much_as_the_parameters(monkeypatch):
+    monkeypatch.setattr(_rule, "_fraction_on_cpu", jnp.mean)
+    assert temporaries(cautious_adamw(1e-3)) > 0.9
