@@ -152,18 +152,22 @@ def test_an_update_that_underflows_is_counted_by_its_moment():
         chex.assert_trees_all_close(updates, jnp.array([0.0, -factor * plain]))
 
 
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    jax.config.update("jax_enable_x64", request.param == "float64")
+    yield jnp.dtype(request.param)
+    jax.config.update("jax_enable_x64", False)
+
+
 @pytest.mark.parametrize(
     "shape", [(), (1,), (31,), (37,), (64,), (3, 50257), (5, 4, 9)]
 )
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_count_on_a_cpu_is_the_mean(shape, dtype):
-    with jax.enable_x64(dtype == "float64"):
-        mask = jax.random.bernoulli(jax.random.key(0), 0.3, shape)
-        count = functools.partial(_rule._fraction_on_cpu, dtype=jnp.dtype(dtype))
-        actual = jax.jit(count)(mask)
-        assert actual.dtype == dtype
-        expected = np.asarray(mask).mean(dtype=dtype)
-        np.testing.assert_allclose(actual, expected, rtol=jnp.finfo(dtype).eps)
+    mask = jax.random.bernoulli(jax.random.key(0), 0.3, shape)
+    actual = jax.jit(functools.partial(_rule._fraction_on_cpu, dtype=dtype))(mask)
+    assert actual.dtype == dtype
+    expected = np.asarray(mask).mean(dtype=dtype)
+    np.testing.assert_allclose(actual, expected, rtol=jnp.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("spec", [P("x", None), P(None, "x"), P("x", "y"), P()])
