@@ -86,6 +86,8 @@ def assert_equal_updates(actual, expected):
 @pytest.mark.parametrize(("adam", "caution"), CASES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
 def test_the_fused_form_is_the_chain(adam, caution, dtype):
+    if dtype == jnp.complex64 and "mu_dtype" in ADAM[adam]:
+        pytest.skip("A complex moment has no bfloat16.")
     fused, chain = both(ADAM[adam], CAUTION[caution])
     params = jax.tree.map(jnp.ones_like, gradients(0, dtype))
     state, expected_state = fused.init(params), chain.init(params)
