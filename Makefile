@@ -4,6 +4,7 @@
 #   make test    run the tests, the docstrings' and the README's examples among them
 #   make lint    ruff and mypy
 #   make costs   what caution costs, by the TPU's compiler and on this machine's CPU
+#   make peers   the time of a step beside PyTorch's and timm's optimizers
 #   make sweep   the demo's comparison at four learning rates (a quarter of an hour)
 
 PYTHON ?= python3
@@ -29,7 +30,8 @@ quadratic: $(VENV)/.examples
 
 # The TPU's compiler has an environment of its own: where it is installed, JAX looks for
 # a TPU whenever it starts.
-costs: $(VENV)/.examples .venv-tpu
+costs: $(VENV)/.examples
+	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.growth
 	.venv-tpu/bin/python -m benchmarks.tpu
@@ -51,7 +53,8 @@ test-floor:
 	  --editable '.[test]' jax==0.7.0 jaxlib==0.7.0 optax==0.2.8
 	.venv-floor/bin/python -m pytest --numprocesses auto --ignore tests/examples
 
-test-tpu: .venv-tpu
+test-tpu:
+	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.test
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_tpu.py
 
 lint: $(VENV)/.examples $(VENV)/.lint
@@ -63,13 +66,6 @@ $(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
 	@echo "Installing what '$*' needs into $(VENV) (a minute or two) ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
-
-.venv-tpu: pyproject.toml
-	@echo "Installing the TPU's compiler into .venv-tpu (a minute) ..."
-	@$(PYTHON) -m venv .venv-tpu
-	@.venv-tpu/bin/pip install --quiet --disable-pip-version-check \
-	  --editable '.[tpu,test]'
-	@touch .venv-tpu
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -12,7 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.steps import LLAMAS, count, markdown_table
-from benchmarks.timing import Stepper, take_turns
+from benchmarks.timing import compare
 
 PAIRS = [
     ("optax.adamw", "cautious_adamw"),
@@ -35,11 +35,9 @@ def main(model: Literal["1M", "10M", "58M", "200M"] = "58M", rounds: int = 30) -
     rows = []
     with tqdm(total=len(PAIRS) * rounds, unit="round") as bar:
         for base_name, name in PAIRS:
-            bar.set_description(f"Compiling {name}")
-            base, other = Stepper(base_name, shapes), Stepper(name, shapes)
-            for pair in take_turns(base, other, rounds):  # noqa: B007 (the last one)
-                bar.set_description(name, refresh=False)
-                bar.update()
+            pair, base_bytes, other_bytes = compare(
+                base_name, name, shapes, rounds, bar
+            )
             low, high = pair.quartiles
             rows.append(
                 (
@@ -48,8 +46,8 @@ def main(model: Literal["1M", "10M", "58M", "200M"] = "58M", rounds: int = 30) -
                     f"{1e3 * statistics.median(pair.other):.0f}",
                     f"{1e3 * statistics.median(pair.base):.0f}",
                     f"{pair.ratio:.2f} ({low:.2f} to {high:.2f})",
-                    f"{other.temporaries / array:.2f}",
-                    f"{base.temporaries / array:.2f}",
+                    f"{other_bytes / array:.2f}",
+                    f"{base_bytes / array:.2f}",
                 )
             )
     print(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.steps import LLAMAS, count, markdown_table
-from benchmarks.timing import Stepper, take_turns
+from benchmarks.timing import compare
 
 BASE = "optax.adamw"
 OTHERS = ("cautious_adamw", "chain(optax.adamw, cautious)")
@@ -53,24 +53,19 @@ def main(rounds: int = 20, picture: Path = Path("docs/growth.png")) -> None:
     times: dict[str, list[float]] = {name: [] for name in COLORS}
     memory: dict[str, list[int]] = {name: [] for name in COLORS}
     with tqdm(total=len(LLAMAS) * len(OTHERS) * rounds, unit="round") as bar:
-        for model, shapes in LLAMAS.items():
+        for shapes in LLAMAS.values():
             sizes.append(count(shapes))
             row = [f"{count(shapes) / 1e6:.1f} million"]
             for name in OTHERS:
-                bar.set_description(f"Compiling {name}, {model}")
-                base, other = Stepper(BASE, shapes), Stepper(name, shapes)
-                for pair in take_turns(base, other, rounds):  # noqa: B007 (the last)
-                    bar.set_description(f"{name}, {model}", refresh=False)
-                    bar.update()
+                pair, base_bytes, other_bytes = compare(BASE, name, shapes, rounds, bar)
                 if name == OTHERS[0]:
                     times[BASE].append(1e3 * statistics.median(pair.base))
-                    memory[BASE].append(base.temporaries)
+                    memory[BASE].append(base_bytes)
                     row.append(f"{times[BASE][-1]:.1f}")
                 times[name].append(1e3 * statistics.median(pair.other))
-                memory[name].append(other.temporaries)
+                memory[name].append(other_bytes)
                 row.append(f"{times[name][-1]:.1f} ({pair.ratio:.2f})")
                 row.append(f"{memory[name][-1] / 1e6:.1f} MB")
-                del base, other
             rows.append(row)
     print(f"float32, jax {jax.__version__}; ms a step (ratio) and temporaries.\n")
     header = ["parameters", BASE]

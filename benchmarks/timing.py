@@ -2,12 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from benchmarks.steps import Shape, make_optimizer, optimizer_step
 
@@ -39,21 +40,6 @@ class Pair(NamedTuple):
         return first, third
 
 
-def take_turns(
-    base: Callable[[], None], other: Callable[[], None], rounds: int
-) -> Iterator[Pair]:
-    """Times two functions alternately, and yields all times after each round."""
-    pair = Pair([], [])
-    for i in range(WARM_UP + rounds):
-        for function, seconds in ((base, pair.base), (other, pair.other)):
-            start = time.perf_counter()
-            function()
-            if i >= WARM_UP:
-                seconds.append(time.perf_counter() - start)
-        if i >= WARM_UP:
-            yield pair
-
-
 class Stepper:
     """A compiled optimizer step with its parameters, state and fixed gradients."""
 
@@ -76,6 +62,35 @@ class Stepper:
         """Takes a step, and waits for it."""
         arguments = (self.params, self.state, self.grads)
         self.params, self.state = jax.block_until_ready(self.step(*arguments))
+
+
+class Comparison(NamedTuple):
+    """What the steps of two optimizers on the same leaves take."""
+
+    pair: Pair
+    base_temporaries: int
+    """Bytes."""
+    temporaries: int
+    """Bytes."""
+
+
+def compare(
+    base_name: str, name: str, shapes: Sequence[Shape], rounds: int, bar: "tqdm[Any]"
+) -> Comparison:
+    """Times two optimizers in turns, and moves the bar on by one for each round."""
+    bar.set_description(f"Compiling {name}")
+    base, other = Stepper(base_name, shapes), Stepper(name, shapes)
+    bar.set_description(name)
+    pair = Pair([], [])
+    for i in range(WARM_UP + rounds):
+        for step, seconds in ((base, pair.base), (other, pair.other)):
+            start = time.perf_counter()
+            step()
+            if i >= WARM_UP:
+                seconds.append(time.perf_counter() - start)
+        if i >= WARM_UP:
+            bar.update()
+    return Comparison(pair, base.temporaries, other.temporaries)
 
 
 def normal_like(shapes: Sequence[Shape], seed: int) -> list[jax.Array]:

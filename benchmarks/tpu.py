@@ -114,6 +114,7 @@ def main(topologies: tuple[str, ...] = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")) -> N
     Args:
         topologies: kind and arrangement of the chips.
     """
+    jax.config.update("jax_platforms", "cpu")  # A TPU of this machine stays free.
     cases: list[tuple[str, list[Shape], DType, str]] = [
         ("one large leaf", LARGE, "float32", topologies[0]),
         ("one large leaf", LARGE, "bfloat16", topologies[0]),
@@ -143,5 +144,4 @@ def main(topologies: tuple[str, ...] = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")) -> N
 
 
 if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"
     tyro.cli(main)

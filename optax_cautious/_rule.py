@@ -14,6 +14,10 @@ Renormalize = Literal["clamp", "paper", "none"]
 AxisName = str | Sequence[str] | None
 
 
+#: Stands among the agreements, which are int8, where either side is NaN.
+NAN = 2
+
+
 class Rule(NamedTuple):
     """The settings of the rule; `opposed_weight` and `min_fraction` may be traced."""
 
@@ -36,9 +40,6 @@ class Agreement(NamedTuple):
     weighed: jax.Array
     #: What the mean of the weights is taken of.
     counted: jax.Array
-
-
-NAN = 2
 
 
 def apply(
@@ -75,6 +76,7 @@ def agreement(u: jax.Array, g: jax.Array, direction: Direction) -> jax.Array:
 
 
 def compare(u: jax.Array, g: jax.Array, direction: Direction) -> Agreement:
+    """Returns how an update agrees with its gradient, which the two alone tell."""
     a = agreement(u, g, direction)
     return Agreement(weighed=a, counted=a)
 

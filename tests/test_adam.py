@@ -164,8 +164,9 @@ def dtype(request):
 @pytest.mark.parametrize(
     "shape", [(), (1,), (31,), (37,), (64,), (3, 50257), (5, 4, 9)]
 )
-def test_the_count_on_a_cpu_is_the_mean(shape, dtype):
-    mask = jax.random.bernoulli(jax.random.key(0), 0.3, shape)
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_the_count_on_a_cpu_is_the_mean(share, shape, dtype):
+    mask = jax.random.bernoulli(jax.random.key(0), share, shape)
     actual = jax.jit(functools.partial(_rule._fraction_on_cpu, dtype=dtype))(mask)
     assert actual.dtype == dtype
     expected = np.asarray(mask).mean(dtype=dtype)
