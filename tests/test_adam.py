@@ -25,7 +25,7 @@ CAUTION = {
     "paper": {"renormalize": "paper"},
     "tensor": {"alignment": "tensor"},
     "tree": {"alignment": "tree"},
-    "masked": {"mask": {"matrix": True, "vector": False, "scalar": True, "empty": 1}},
+    "masked": {"mask": {"matrix": False, "vector": True, "scalar": True, "empty": 1}},
     "monitor": {"monitor": True},
 }
 ADAM = {
