@@ -42,7 +42,7 @@ def draw(
     return figure
 
 
-def main(rounds: int = 20, picture: Path = Path("docs/growth.png")) -> None:
+def main(rounds: int = 20, picture: Path = Path("outputs/growth.png")) -> None:
     """Print and draw how the cost of a step grows.
 
     Args:

@@ -198,7 +198,7 @@ def draw(seconds: dict[str, list[float]], title: str) -> Figure:
 def main(
     model: Literal["1M", "10M", "58M", "200M"] = "58M",
     rounds: int = 20,
-    picture: Path = Path("docs/peers.png"),
+    picture: Path = Path("outputs/peers.png"),
 ) -> None:
     """Compare the optimizers of several libraries on this machine's CPU.
 
