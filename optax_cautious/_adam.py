@@ -59,8 +59,9 @@ def _compare(
     def computed_again(g: jax.Array, m: jax.Array) -> jax.Array:
         # Without the barrier a compiler merges this with the agreement for the weights
         # and keeps that, or the moment, from the count to the step: more traffic than
-        # reading g and m twice. XLA:CPU would copy what goes through the barrier.
-        return agreement(*jax.lax.optimization_barrier((g, m)))
+        # reading g and m twice. Only m goes through: clipping, say, may just have made
+        # g, which the barrier would store. XLA:CPU would copy what goes through.
+        return agreement(g, jax.lax.optimization_barrier(m))
 
     return _rule.Agreement(
         weighed=agreement(g, m),
