@@ -1,37 +1,66 @@
 """Every setting of the program, its default, and the check of its value."""
 
+import dataclasses
+import json
 import math
 import os
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
-import tyro
+OptimizerName = Literal[
+    "adamw",
+    "cautious_adamw",
+    "lion",
+    "cautious_lion",
+    "sgd",
+    "cautious_sgd",
+    "muon",
+    "cautious_muon",
+    "adafactor",
+    "cautious_adafactor",
+    "nadamw",
+    "cautious_nadamw",
+    "amsgrad",
+    "cautious_amsgrad",
+    "adabelief",
+    "cautious_adabelief",
+    "adan",
+    "cautious_adan",
+    "lamb",
+    "cautious_lamb",
+    "adopt",
+    "cautious_adopt",
+    "ademamix",
+    "cautious_ademamix",
+]
+ModelName = Literal[
+    "tiny",
+    "9m",
+    "20m",
+    "35m",
+    "60m",
+    "71m",
+    "100m",
+    "130m",
+    "250m",
+    "350m",
+    "1b",
+    "3b",
+    "7b",
+]
+PresetName = Literal["demo", "paper"]
 
-OptimizerName = Literal["adamw", "cautious_adamw", "lion", "cautious_lion"]
-
-TITLES: dict[OptimizerName, str] = {
-    "adamw": "AdamW",
-    "cautious_adamw": "cautious AdamW",
-    "lion": "Lion",
-    "cautious_lion": "cautious Lion",
-}
-
-DEFAULT_LEARNING_RATES: dict[OptimizerName, float] = {
-    "adamw": 2e-3,
-    "cautious_adamw": 2e-3,
-    "lion": 5e-4,
-    "cautious_lion": 5e-4,
-}
-"""The best of a sweep for the optimizer without caution; with it, the same."""
+DEFAULT_LEARNING_RATES = {"adamw": 2e-3, "lion": 5e-4}
+"""The best for the optimizer without caution in a sweep of the tiny model; with it,
+the same."""
 
 BYTES = 256
 """Tokens that a byte-level tokenizer has before it merges any."""
 
 END_OF_DOCUMENT = "<|endoftext|>"
-"""The one special token, written after each document."""
+"""The one special token of a tokenizer trained here, written after each document."""
 
 
 class InputError(ValueError):
@@ -66,6 +95,19 @@ def make_directory(name: str, path: Path) -> None:
         raise InputError(f"{name}: cannot make {path} ({error.strerror})") from error
 
 
+def title(name: str) -> str:
+    """Writes an optimizer's name as it stands in a table or a picture."""
+    base = base_name(name)
+    written = {"adamw": "AdamW", "sgd": "SGD", "nadamw": "NAdamW", "amsgrad": "AMSGrad"}
+    pretty = written.get(base, base.capitalize())
+    return pretty if name == base else f"cautious {pretty}"
+
+
+def base_name(name: str) -> str:
+    """Takes caution off an optimizer's name."""
+    return name.removeprefix("cautious_")
+
+
 def _default_cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "optax-cautious"
@@ -73,10 +115,10 @@ def _default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture."""
+    """The architecture, and how it is computed."""
 
     vocab_size: int = 2048
-    """Tokens in the vocabulary: 256 bytes, one special token, the rest merges."""
+    """Tokens in the vocabulary."""
     hidden_size: int = 128
     """Features of the residual stream."""
     intermediate_size: int = 344
@@ -91,6 +133,11 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type computed in. Parameters, logits and loss are float32 always."""
+    remat: bool = False
+    """Keep only the input of each block for the backward pass, and compute the rest of
+    it again. Saves most of the activations' memory for a third more computation."""
+    unroll: int = 1
+    """Blocks in each iteration of the loop over them. More take longer to compile."""
 
     @property
     def head_dim(self) -> int:
@@ -100,18 +147,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Checks the values."""
         for name in (
+            "vocab_size",
             "hidden_size",
             "intermediate_size",
             "num_layers",
             "num_heads",
             "num_kv_heads",
+            "rope_theta",
+            "unroll",
         ):
             require_positive(name, getattr(self, name))
-        require(
-            self.vocab_size > BYTES,
-            f"vocab_size is {self.vocab_size}: it has to be at least {BYTES + 1}, "
-            f"for {BYTES} bytes and the end-of-document token",
-        )
         require(
             self.hidden_size % self.num_heads == 0,
             f"num_heads ({self.num_heads}) does not divide hidden_size "
@@ -127,7 +172,6 @@ class ModelConfig:
             f"num_kv_heads ({self.num_kv_heads}) does not divide num_heads "
             f"({self.num_heads}): each key/value head serves equally many query heads",
         )
-        require_positive("rope_theta", self.rope_theta)
         require_choice("dtype", self.dtype, ("float32", "bfloat16"))
 
 
@@ -135,23 +179,42 @@ class ModelConfig:
 class DataConfig:
     """The corpus and the windows cut from it."""
 
-    data: tuple[Path, ...] = ()
-    """Text files, or directories of them; one file is one document. Empty: the source
-    of the Python standard library on this machine."""
+    data: tuple[str, ...] = ()
+    """Text files, or directories of them; one file is one document. Or one Hugging Face
+    dataset, streamed: hf:NAME or hf:NAME:CONFIG, as in hf:allenai/c4:en. Empty: the
+    source of the Python standard library on this machine."""
+    text_column: str = "text"
+    """Column of a Hugging Face dataset that holds the documents."""
+    train_split: str = "train"
+    """Split of a Hugging Face dataset to train on."""
+    validation_split: str = "validation"
+    """Split of a Hugging Face dataset to validate on."""
+    tokenizer: str = ""
+    """A tokenizer.json, or the name of one on the Hugging Face hub, such as t5-base.
+    Empty: one with as many tokens as the model's vocabulary, trained here."""
+    end_of_document: str = END_OF_DOCUMENT
+    """The special token of the tokenizer that is written after each document."""
     cache_dir: Path = field(default_factory=_default_cache_dir)
-    """Where the tokenizer and the tokens are kept between runs."""
+    """Where a tokenizer trained here and the tokens of text files are kept."""
     validation_fraction: float = 0.1
-    """Share of the documents kept out of training."""
+    """Share of the documents kept out of training, of text files."""
+    shuffle_windows: int = 10_000
+    """Windows of a streamed dataset among which each process draws the next."""
     sequence_length: int = 128
     """Tokens the model sees at once."""
     batch_size: int = 16
-    """Windows in a training step."""
+    """Windows in a training step, over all devices."""
     validation_batches: int = 8
     """Batches on which the validation loss is measured, the same at each evaluation."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for name in ("sequence_length", "batch_size", "validation_batches"):
+        for name in (
+            "sequence_length",
+            "batch_size",
+            "validation_batches",
+            "shuffle_windows",
+        ):
             require_positive(name, getattr(self, name))
         require(
             0 < self.validation_fraction < 1,
@@ -161,29 +224,85 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class RecipeConfig:
-    """What an optimizer takes besides its name and its learning rate.
+class OptimizerConfig:
+    """The optimizer and the schedule of its learning rate.
 
-    The defaults are those of the Cautious Optimizers paper's language models.
+    The defaults are those of the Cautious Optimizers paper's language models. Where a
+    value is not given, it is the optimizer's own.
     """
 
-    b1: float = 0.9
-    """Decay of AdamW's momentum; share of Lion's momentum in its update."""
+    optimizer: OptimizerName = "cautious_adamw"
+    """What to train with. Any cautious one takes the settings of its base."""
+    learning_rate: float | None = None
+    """The peak of the schedule. Not given: for AdamW 2e-3 and for Lion 5e-4, with and
+    without caution, the best of a sweep of the tiny model."""
+    b1: float | None = None
+    """Decay of the momentum; for Lion, the momentum's share in the update."""
     b2: float | None = None
-    """Decay of AdamW's second moment, 0.999 by default, or Lion's momentum, 0.99."""
+    """Decay of the second moment; for Lion, of the momentum."""
+    eps: float | None = None
+    """What is added to the denominator."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    exempt_embedding: bool = False
-    """Leave the embedding to the optimizer without caution. Most of its rows have a
-    zero gradient, as their tokens are not in the batch: this shows what is gained
-    elsewhere."""
+    """Decoupled weight decay of all matrices but the embedding's; never masked by
+    caution."""
+    max_grad_norm: float | None = 1.0
+    """Gradients with a larger global norm are scaled down to it."""
     warmup_fraction: float = 0.1
     """Share of the steps in which the learning rate grows from zero."""
     final_fraction: float = 0.1
     """Learning rate at the end of the cosine, as a share of its peak."""
+    opposed_weight: float | None = None
+    """Caution: weight of the coordinates whose update opposes the gradient."""
+    min_fraction: float | None = None
+    """Caution: the aligned fraction below which the update is not scaled up further."""
+    renormalize: Literal["clamp", "paper", "none"] | None = None
+    """Caution: how the update is scaled up."""
+    alignment: Literal["element", "tensor", "tree"] | None = None
+    """Caution: what agrees or opposes as one. A tree is one layer, or all that is
+    outside the layers."""
+    exempt_embedding: bool = False
+    """Caution: leave the embedding to the optimizer without it. Most of its rows have a
+    zero gradient, as their tokens are not in the batch: this shows what is gained
+    elsewhere."""
+
+    @property
+    def peak(self) -> float:
+        """The learning rate, be it given or the default."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return DEFAULT_LEARNING_RATES[base_name(self.optimizer)]
+
+    @property
+    def caution(self) -> dict[str, Any]:
+        """The options of caution that are given."""
+        names = ("opposed_weight", "min_fraction", "renormalize", "alignment")
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def named(self, name: OptimizerName, learning_rate: float | None) -> Self:
+        """Changes the name and the learning rate, and drops what the name has not."""
+        if name != base_name(name):
+            return replace(self, optimizer=name, learning_rate=learning_rate)
+        none: dict[str, Any] = dict.fromkeys(self.caution)
+        return replace(
+            self,
+            optimizer=name,
+            learning_rate=learning_rate,
+            exempt_embedding=False,
+            **none,
+        )
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        require_choice("optimizer", self.optimizer, get_args(OptimizerName))
+        base = base_name(self.optimizer)
+        require(
+            self.learning_rate is not None or base in DEFAULT_LEARNING_RATES,
+            f"learning_rate: there is no default for {self.optimizer}; give one",
+        )
+        require_positive("learning_rate", self.peak)
+        if self.max_grad_norm is not None:
+            require_positive("max_grad_norm", self.max_grad_norm)
         for name in ("b1", "b2", "warmup_fraction"):
             value = getattr(self, name)
             require(
@@ -198,39 +317,168 @@ class RecipeConfig:
             0 <= self.final_fraction <= 1,
             f"final_fraction is {self.final_fraction}: it has to lie between 0 and 1",
         )
+        given = [*self.caution, *["exempt_embedding"] * self.exempt_embedding]
+        require(
+            base != self.optimizer or not given,
+            f"{', '.join(given)}: {self.optimizer} has no caution; choose "
+            f"cautious_{base}",
+        )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run, but for the optimizer's name and learning rate."""
+    """One training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int = 600
     """Training steps."""
+    accumulate: int = 1
+    """Parts into which a batch is cut, one after the other, to save memory; the
+    gradient is their mean."""
+    log_every: int = 25
+    """Steps between two writings of the log, which has a line for every step."""
     eval_every: int = 25
     """Steps between two measurements of the validation loss."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints, a multiple of eval_every."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept, beside the best."""
+    mesh: tuple[int, int, int] | None = None
+    """Devices along the axes data, fsdp and tensor. Each sequence of a batch is on one
+    device of data x fsdp; parameters are split over fsdp x tensor. Not given: all
+    devices on fsdp."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        require_positive("steps", self.steps)
-        require_positive("eval_every", self.eval_every)
+        for name in (
+            "steps",
+            "accumulate",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep",
+        ):
+            require_positive(name, getattr(self, name))
+        require(
+            self.checkpoint_every % self.eval_every == 0,
+            f"checkpoint_every ({self.checkpoint_every}) is not a multiple of "
+            f"eval_every ({self.eval_every}): a checkpoint is judged by its validation "
+            "loss",
+        )
+        for size in self.mesh or ():
+            require_positive("mesh", size)
+        require(
+            self.data.batch_size % self.accumulate == 0,
+            f"accumulate ({self.accumulate}) does not divide batch_size "
+            f"({self.data.batch_size})",
+        )
         require(
             0 <= self.seed < 2**32,
             f"seed is {self.seed}: it has to be at least 0 and below 2**32",
         )
 
 
-def run_command(function: Callable[..., Any]) -> None:
-    """Calls a function with the arguments of the command line.
+def _paper_model(
+    hidden_size: int, intermediate_size: int, num_heads: int, num_layers: int
+) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=32_000,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        num_layers=num_layers,
+        dtype="bfloat16",
+    )
 
-    The fields of nested settings become options without prefix. An ``InputError`` ends
-    the program with its message alone.
+
+MODELS: dict[ModelName, ModelConfig] = {
+    "tiny": ModelConfig(),
+    "9m": _paper_model(128, 352, 4, 4),
+    "20m": _paper_model(256, 688, 4, 4),
+    "35m": _paper_model(384, 1024, 8, 6),
+    "60m": _paper_model(512, 1376, 8, 8),
+    "71m": _paper_model(512, 1368, 8, 12),
+    "100m": _paper_model(640, 1708, 10, 12),
+    "130m": _paper_model(768, 2048, 12, 12),
+    "250m": _paper_model(768, 2560, 16, 24),
+    "350m": _paper_model(1024, 2736, 16, 24),
+    "1b": _paper_model(2048, 5461, 32, 24),
+    "3b": _paper_model(2560, 6848, 32, 32),
+    "7b": _paper_model(4096, 11_008, 32, 32),
+}
+"""The tiny model of the demo, and the Llamas of the paper."""
+
+
+def with_model(config: TrainConfig, name: ModelName) -> TrainConfig:
+    """Sets the architecture, and the length of the sequences that goes with it."""
+    require_choice("model", name, tuple(MODELS))
+    length = {"tiny": 128, "7b": 2048}.get(name, 1024)
+    data = replace(config.data, sequence_length=length)
+    return replace(config, model=MODELS[name], data=data)
+
+
+PRESETS: dict[PresetName, TrainConfig] = {
+    "demo": TrainConfig(),
+    "paper": with_model(
+        TrainConfig(
+            data=DataConfig(
+                data=("hf:allenai/c4:en",),
+                tokenizer="t5-base",
+                end_of_document="</s>",
+                batch_size=512,
+                validation_batches=4,
+            ),
+            steps=10_000,
+            log_every=10,
+            eval_every=500,
+            checkpoint_every=500,
+        ),
+        "60m",
+    ),
+}
+"""The demo's settings, and the recipe of the paper's language models."""
+
+
+def to_json(config: TrainConfig) -> str:
+    """Writes a configuration so that ``from_json`` reads it back."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def from_json(text: str, source: str) -> TrainConfig:
+    """Reads what ``to_json`` wrote.
+
+    Args:
+        text: the JSON.
+        source: where it comes from, for messages.
+
+    Raises:
+        InputError: for anything else, naming the source and what is wrong with it.
     """
     try:
-        tyro.cli(function, config=(tyro.conf.OmitArgPrefixes,))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+        values = json.loads(text)
+        parts: dict[str, Any] = {
+            "model": _build(ModelConfig, values.pop("model")),
+            "data": _build(DataConfig, values.pop("data")),
+            "optimizer": _build(OptimizerConfig, values.pop("optimizer")),
+        }
+        return _build(TrainConfig, {**values, **parts})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{source} is not the configuration of a run: {error}"
+        ) from error
+
+
+def _build(cls: type[Any], values: Mapping[str, Any]) -> Any:
+    """Makes a dataclass of what JSON knows, which is no tuples and no paths."""
+    made: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+    }
+    if "cache_dir" in made:
+        made["cache_dir"] = Path(made["cache_dir"])
+    return cls(**made)

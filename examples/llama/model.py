@@ -1,23 +1,45 @@
 """A decoder-only transformer of the Llama family, in Flax NNX.
 
 Shapes are written with B sequences of T tokens, D features, N query heads,
-K key/value heads, H features a head, F features in the feed-forward layer and
-a vocabulary of V tokens.
+K key/value heads, H features a head, F features in the feed-forward layer, L layers, a
+vocabulary of V tokens, and a cache for S tokens.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from examples.llama.config import ModelConfig
+from examples.llama.sharding import BATCH, constrain, gather
 
 _INIT = nnx.initializers.normal(0.02)
 _RMS_EPSILON = 1e-6
 
 
-def rotary_embedding(x: jax.Array, theta: float) -> jax.Array:
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, of one layer or of all."""
+
+    keys: jax.Array
+    """``[B, S, K, H]``, of which the first ``length`` positions are filled."""
+    values: jax.Array
+    """Likewise."""
+    length: jax.Array
+    """Tokens seen so far, a scalar; of all layers, ``[L]``."""
+
+
+def make_cache(config: ModelConfig, batch: int, size: int) -> Cache:
+    """Makes an empty cache of all layers for ``batch`` sequences of ``size`` tokens."""
+    shape = config.num_layers, batch, size, config.num_kv_heads, config.head_dim
+    empty = jnp.zeros(shape, config.dtype)
+    return Cache(empty, empty, jnp.zeros(config.num_layers, jnp.int32))
+
+
+def rotary_embedding(
+    x: jax.Array, theta: float, start: jax.typing.ArrayLike = 0
+) -> jax.Array:
     """Rotates the features of each head by angles that grow with the position.
 
     Feature ``i`` and feature ``i + H/2`` form a plane, turned at position ``t``
@@ -27,6 +49,7 @@ def rotary_embedding(x: jax.Array, theta: float) -> jax.Array:
     Args:
         x: queries or keys, ``[B, T, heads, H]``.
         theta: base of the geometric series of frequencies.
+        start: position of the first token.
 
     Returns:
         The rotated array, of the same shape and dtype.
@@ -34,7 +57,8 @@ def rotary_embedding(x: jax.Array, theta: float) -> jax.Array:
     _, length, _, head_dim = x.shape
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     # Positions of thousands times a frequency near one need float32.
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies  # [T, H/2]
+    positions = jnp.arange(length, dtype=jnp.float32) + start
+    angles = positions[:, None] * frequencies  # [T, H/2]
     cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate(
@@ -53,20 +77,45 @@ class Attention(nnx.Module):
         self.query = _linear(config.hidden_size, query_features, config, rngs)
         self.key = _linear(config.hidden_size, kv_features, config, rngs)
         self.value = _linear(config.hidden_size, kv_features, config, rngs)
-        self.output = _linear(query_features, config.hidden_size, config, rngs)
+        self.output = _linear_back(query_features, config.hidden_size, config, rngs)
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[B, T, D]`` to ``[B, T, D]``."""
+    def __call__(
+        self, x: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Maps ``[B, T, D]`` to ``[B, T, D]``.
+
+        With a cache, the tokens of ``x`` come after those in it, and are added to it.
+        """
         batch, length, _ = x.shape
-        query = self.query(x).reshape(batch, length, -1, self.head_dim)  # [B, T, N, H]
-        key = self.key(x).reshape(batch, length, -1, self.head_dim)  # [B, T, K, H]
-        value = self.value(x).reshape(batch, length, -1, self.head_dim)  # [B, T, K, H]
-        query = rotary_embedding(query, self.rope_theta)
-        key = rotary_embedding(key, self.rope_theta)
-        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return self.output(attended.reshape(batch, length, -1))
+        start = jnp.int32(0) if cache is None else cache.length
+
+        def heads(projection: nnx.Linear) -> jax.Array:
+            y = projection(x).reshape(batch, length, -1, self.head_dim)
+            return constrain(y, BATCH, None, "tensor", None)
+
+        query = rotary_embedding(heads(self.query), self.rope_theta, start)
+        key = rotary_embedding(heads(self.key), self.rope_theta, start)
+        value = heads(self.value)
+        if cache is None:
+            attended = jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                is_causal=True,
+                implementation=_attention_implementation(query.dtype),
+            )
+        else:
+            where = (0, start, 0, 0)
+            keys = jax.lax.dynamic_update_slice(cache.keys, key, where)
+            values = jax.lax.dynamic_update_slice(cache.values, value, where)
+            cache = Cache(keys, values, start + length)
+            seen = jnp.arange(keys.shape[1]) <= start + jnp.arange(length)[:, None]
+            attended = jax.nn.dot_product_attention(
+                query, keys, values, mask=seen[None, None]
+            )
+        return self.output(attended.reshape(batch, length, -1)), cache
 
 
 class FeedForward(nnx.Module):
@@ -74,13 +123,15 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         """Makes the three projections; none has a bias."""
-        self.gate = _linear(config.hidden_size, config.intermediate_size, config, rngs)
-        self.up = _linear(config.hidden_size, config.intermediate_size, config, rngs)
-        self.down = _linear(config.intermediate_size, config.hidden_size, config, rngs)
+        inner = config.intermediate_size
+        self.gate = _linear(config.hidden_size, inner, config, rngs)
+        self.up = _linear(config.hidden_size, inner, config, rngs)
+        self.down = _linear_back(inner, config.hidden_size, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[B, T, D]`` to ``[B, T, D]`` through ``[B, T, F]``."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        inner = jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.down(constrain(inner, BATCH, None, "tensor"))
 
 
 class Block(nnx.Module):
@@ -93,14 +144,22 @@ class Block(nnx.Module):
         self.feed_forward_norm = _rms_norm(config, rngs)
         self.feed_forward = FeedForward(config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[B, T, D]`` to ``[B, T, D]``."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def __call__(
+        self, x: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Maps ``[B, T, D]`` to ``[B, T, D]``, and fills the cache, if there is one."""
+        attended, cache = self.attention(self.attention_norm(x), cache)
+        x = constrain(x + attended, BATCH, None, None)
+        x = x + self.feed_forward(self.feed_forward_norm(x))
+        return constrain(x, BATCH, None, None), cache
 
 
 class Llama(nnx.Module):
-    """The language model: embedding, blocks, norm, and an output layer of its own."""
+    """The language model: embedding, blocks, norm, and an output layer of its own.
+
+    The parameters of all blocks are stacked along a leading axis, over which a scan
+    runs, so that a block is compiled once however many there are.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         """Draws every weight from ``rngs``, with a standard deviation of 0.02."""
@@ -111,11 +170,14 @@ class Llama(nnx.Module):
             embedding_init=_INIT,
             rngs=rngs,
         )
-        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
+        make_blocks = nnx.vmap(partial(Block, config), axis_size=config.num_layers)
+        self.blocks = make_blocks(rngs.split(config.num_layers))
         self.norm = _rms_norm(config, rngs)
         self.logits = _linear(
             config.hidden_size, config.vocab_size, config, rngs, jnp.float32
         )
+        self.remat = config.remat
+        self.unroll = config.unroll
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Scores every possible next token at every position.
@@ -126,10 +188,39 @@ class Llama(nnx.Module):
         Returns:
             Logits in float32, ``[B, T, V]``; row ``t`` sees tokens up to ``t``.
         """
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.logits(self.norm(x))
+        logits, _ = self._run(tokens, None)
+        return logits
+
+    def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Scores the next token after those in the cache and these.
+
+        Args:
+            tokens: integers, ``[B, T]``, which follow those in the cache.
+            cache: of all layers, with room for ``T`` more tokens.
+
+        Returns:
+            Logits in float32, ``[B, T, V]``, and the cache with these tokens in it.
+        """
+        logits, filled = self._run(tokens, cache)
+        assert filled is not None
+        return logits, filled
+
+    def _run(
+        self, tokens: jax.Array, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        graphdef, blocks = nnx.split(self.blocks)
+
+        def run_block(x: jax.Array, layer: Any) -> tuple[jax.Array, Cache | None]:
+            params, layer_cache = layer
+            return nnx.merge(graphdef, params)(x, layer_cache)
+
+        if self.remat:
+            # In a scan nothing merges the two computations of a block anyway.
+            run_block = jax.checkpoint(run_block, prevent_cse=False)
+        x = constrain(self.embedding(tokens), BATCH, None, None)
+        x, cache = jax.lax.scan(run_block, x, (blocks, cache), unroll=self.unroll)
+        logits = self.logits(self.norm(x))
+        return constrain(logits, BATCH, None, "tensor"), cache
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -138,12 +229,19 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+def _attention_implementation(dtype: Any) -> Literal["cudnn"] | None:
+    """Chooses cuDNN's flash attention where there is one, which is for 16 bits."""
+    on_gpu = jax.default_backend() == "gpu"
+    return "cudnn" if on_gpu and dtype == jnp.bfloat16 else None
+
+
 def _linear(
     inputs: int,
     outputs: int,
     config: ModelConfig,
     rngs: nnx.Rngs,
     output_dtype: jax.typing.DTypeLike | None = None,
+    axes: tuple[str | None, str | None] = (None, "tensor"),
 ) -> nnx.Linear:
     """A projection without bias, from ``[B, T, inputs]`` to ``[B, T, outputs]``."""
     return nnx.Linear(
@@ -152,21 +250,33 @@ def _linear(
         use_bias=False,
         dtype=jnp.dtype(config.dtype),
         kernel_init=_INIT,
-        dot_general=_dot_flat,
+        dot_general=partial(_dot_flat, axes),
         preferred_element_type=output_dtype,
         rngs=rngs,
     )
 
 
+# A projection to the residual stream, whose inputs are split over the mesh.
+_linear_back = partial(_linear, axes=("tensor", None))
+
+
 def _dot_flat(
-    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any
+    axes: tuple[str | None, str | None],
+    x: jax.Array,
+    kernel: jax.Array,
+    dimension_numbers: Any,
+    **options: Any,
 ) -> jax.Array:
     """Multiplies ``[B, T, D]`` by a matrix as if it were ``[B T, D]``.
 
     The gradient of the kernel then contracts one axis and not two, for which XLA on a
     CPU first transposes both operands. Elsewhere the reshape costs nothing.
+
+    The kernel, by now in the type computed in, is gathered over fsdp here. Left to
+    itself, XLA may split the features of the activations in place of the sequences.
     """
     del dimension_numbers  # The last axis of x with the first of the kernel.
+    kernel = gather(kernel, axes)
     flat = x.reshape(-1, x.shape[-1])
     y = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
     return y.reshape(*x.shape[:-1], -1)

@@ -1,0 +1,198 @@
+"""Checkpoints: the newest and the best, and going on from one."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+from tqdm import tqdm
+
+from examples.llama.config import InputError, require
+from examples.llama.step import Params, TrainState
+
+_LOSS = "validation_loss"
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds beside the position in the data."""
+
+    step: int
+    state: TrainState
+
+
+class Checkpoints:
+    """The checkpoints of a run, written while the training goes on."""
+
+    def __init__(self, directory: Path, keep: int):
+        """Opens a directory.
+
+        Args:
+            directory: where they are, or will be.
+            keep: how many of the newest are kept, beside the best.
+        """
+        self._damaged = directory.parent / "damaged_checkpoints"
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [
+                        checkpoint_managers.LatestN(keep),
+                        checkpoint_managers.BestN(
+                            get_metric_fn=lambda metrics: -metrics[_LOSS],
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        batches: grain.DatasetIterator[Any],
+        validation_loss: float | None,
+    ) -> None:
+        """Begins to write a checkpoint; the state may be changed when this returns.
+
+        An error of the one before is raised here.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(batches),
+                checksum=ocp.args.JsonSave({"state": int(checksum(state))}),
+            ),
+            metrics=None if validation_loss is None else {_LOSS: validation_loss},
+        )
+
+    def restore(
+        self, like: TrainState, batches: grain.DatasetIterator[Any]
+    ) -> Restored | None:
+        """Takes the newest checkpoint that is whole.
+
+        One that is not is said to be so, and moved out of the way.
+
+        Args:
+            like: shapes, dtypes and shardings of the state.
+            batches: the data; its position is set to the checkpoint's.
+
+        Returns:
+            The step and the state, or None where there is no checkpoint.
+
+        Raises:
+            InputError: if there are checkpoints, and none is whole.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(like),
+                        data=grain.checkpoint.CheckpointRestore(batches),
+                        checksum=ocp.args.JsonRestore(),
+                    ),
+                )
+                if int(checksum(restored["state"])) != restored["checksum"]["state"]:
+                    raise ValueError("its checksum is not that of its contents")
+                return Restored(step, restored["state"])
+            except Exception as error:
+                # Whatever is wrong with files, tensorstore and JSON raise all sorts.
+                reason = str(error).strip().partition("\n")[0]
+                tqdm.write(
+                    f"The checkpoint of step {step} is damaged and is moved to "
+                    f"{self._damaged}: {reason}"
+                )
+                self._set_aside(step)
+        require(
+            not steps,
+            f"run_dir: none of the checkpoints in {self._manager.directory} is whole; "
+            "choose another --run-dir",
+        )
+        return None
+
+    def close(self) -> None:
+        """Waits until the last checkpoint is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            self._damaged.mkdir(exist_ok=True)
+            target = self._damaged / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(Path(self._manager.directory) / str(step), target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("set aside")
+        self._manager.reload()
+
+
+@jax.jit
+def checksum(tree: Any) -> jax.Array:
+    """Adds up the bits of all arrays, as unsigned integers of 32 bits.
+
+    Whole numbers add up to the same in any order, so on any mesh.
+    """
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+        total += jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+    return total
+
+
+def size(like: Any) -> int:
+    """Counts the bytes of a checkpoint."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Lists the steps of the checkpoints in a directory, which need not be there."""
+    if not directory.is_dir():
+        return []
+    names = ocp.path.step.standard_name_format()
+    return sorted(found.step for found in names.find_all(directory.absolute()))
+
+
+def restore_params(directory: Path, step: int, like: Params) -> Params:
+    """Reads the parameters of a checkpoint, and not the optimizer's state.
+
+    Args:
+        directory: where the checkpoints of a run are.
+        step: which of them.
+        like: the names of the parameters.
+
+    Returns:
+        The parameters in the host's memory, whatever mesh they were saved from.
+
+    Raises:
+        InputError: for a checkpoint that cannot be read.
+    """
+    item = {"params": like}
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    path = directory.absolute() / str(step) / "state"
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(
+                path,
+                args=ocp.args.PyTreeRestore(
+                    item, restore_args=on_host, partial_restore=True
+                ),
+            )
+    except Exception as error:
+        # As above, whatever is wrong with files raises all sorts.
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"step: the checkpoint of step {step} in {directory} is damaged ({reason})"
+        ) from error
+    params: Params = restored["params"]
+    return params

@@ -1,0 +1,68 @@
+"""The command line: where settings start from, and how errors end a program."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from examples.llama.config import (
+    PRESETS,
+    InputError,
+    ModelName,
+    PresetName,
+    TrainConfig,
+    from_json,
+    with_model,
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the settings start from; every other option then changes one of them."""
+
+    preset: PresetName = "demo"
+    """demo: a tiny model on the source of the Python standard library. paper: the
+    recipe of the paper's language models, on C4."""
+    model: ModelName | None = None
+    """A model of the paper's family, or tiny. Not given: that of the preset, tiny for
+    demo and 60m for paper."""
+    config_file: Path | None = None
+    """The config.json of an earlier run, in place of a preset."""
+
+
+def starting_config(start: Start) -> TrainConfig:
+    """Makes the settings that hold where no other option changes them."""
+    config = PRESETS[start.preset]
+    if start.config_file is not None:
+        try:
+            text = start.config_file.read_text()
+        except OSError as error:
+            raise InputError(
+                f"config_file: cannot read {start.config_file} ({error.strerror})"
+            ) from error
+        config = from_json(text, str(start.config_file))
+    return config if start.model is None else with_model(config, start.model)
+
+
+def run_command(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
+    """Calls a function with the arguments of the command line.
+
+    The fields of nested settings become options without prefix. The function's
+    parameter ``config`` has the defaults that its parameter ``start`` says; both are
+    found on the command line before all others are. An ``InputError`` ends the program
+    with its message alone.
+    """
+    options = (tyro.conf.OmitArgPrefixes,)
+    try:
+        start, _ = tyro.cli(
+            Start, args=args, config=options, add_help=False, return_unknown_args=True
+        )
+        command = partial(function, config=starting_config(start))
+        command.__doc__ = function.__doc__
+        return tyro.cli(command, args=args, config=options)
+    except InputError as error:
+        sys.exit(f"error: {error}")

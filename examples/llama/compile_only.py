@@ -1,0 +1,258 @@
+"""What a training step would take on a TPU slice, by the TPU's own compiler.
+
+``python -m examples.llama.compile_only --topology v5e:4x4 --preset paper --model 1b``
+compiles the very step of ``examples.llama.train`` on this machine's CPU, and prints
+what each device would hold, move and send. Nothing is run. It needs the ``tpu`` extra.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from examples.llama import log
+from examples.llama.command_line import Start, run_command
+from examples.llama.config import InputError, TrainConfig, title
+from examples.llama.loop import lower_train_step, state_like
+from examples.llama.model import count_parameters
+from examples.llama.optimizer import make_optimizer
+from examples.llama.report import markdown_table
+from examples.llama.sharding import BATCH, make_mesh
+
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "s8": 8, "u8": 8, "s32": 32, "u32": 32}
+
+
+class Collective(NamedTuple):
+    """All operations of one kind that a step does."""
+
+    times: int
+    bytes: float
+    """Of the results on one device."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What the compiler says of one device; sizes in bytes."""
+
+    parameters: float
+    moments: float
+    temporaries: float
+    """Activations, gradients and gathered parameters."""
+    peak: float
+    accessed: float
+    """Read and written in a step, or in a part of it if there are several."""
+    collectives: Mapping[str, Collective]
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """Makes the devices of a slice that is not here, such as v5e:4x4.
+
+    Raises:
+        InputError: without the compiler, and for a slice that it does not know.
+    """
+    # Without these libtpu looks for the chips of this machine and for its metadata.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.partition(":")[0])
+    try:
+        description = topologies.get_topology_desc(topology, "tpu")
+    except Exception as error:
+        raise InputError(
+            f"topology: cannot compile for {topology!r}: {error}. Give a kind of TPU "
+            "and the arrangement of its chips, as in v5e:4x4 or v5p:2x2x2. The "
+            "compiler is in the package libtpu: pip install '.[examples,tpu]'"
+        ) from error
+    return list(description.devices)
+
+
+def compile_step(
+    config: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh
+) -> jax.stages.Compiled:
+    """Compiles the training step for devices that need not be here."""
+    rows, length = config.data.batch_size, config.data.sequence_length
+    batch = jax.ShapeDtypeStruct(
+        (rows, length + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH))
+    )
+    return lower_train_step(config, tx, mesh, batch).compile()
+
+
+def account(config: TrainConfig, topology: str) -> Account:
+    """Compiles the training step for a slice, and reads what the compiler says."""
+    mesh = make_mesh(config, topology_devices(topology))
+    tx = make_optimizer(config.optimizer, config.steps)
+    compiled = compile_step(config, tx, mesh)
+    memory: Any = compiled.memory_analysis()
+    like = state_like(config, tx, mesh)
+    return Account(
+        parameters=_bytes_per_device(like.params),
+        moments=_bytes_per_device(like.opt_state),
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        accessed=_accessed(config, tx, mesh, compiled),
+        collectives=collectives(str(compiled.as_text())),
+    )
+
+
+def _bytes_per_device(tree: Any) -> float:
+    shards = (
+        leaf.dtype.itemsize * jnp.prod(jnp.array(leaf.sharding.shard_shape(leaf.shape)))
+        for leaf in jax.tree.leaves(tree)
+    )
+    return float(sum(shards))
+
+
+def _accessed(
+    config: TrainConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    compiled: jax.stages.Compiled,
+) -> float:
+    """Returns the bytes that a step accesses.
+
+    The compiler counts the body of a loop once, however often it runs. The same step
+    with two blocks in each iteration tells how much a block is.
+    """
+    one: Any = compiled.cost_analysis()
+    layers = config.model.num_layers
+    unrolled = replace(config, model=replace(config.model, unroll=2))
+    two: Any = compile_step(unrolled, tx, mesh).cost_analysis()
+    # An odd block is outside of the loop.
+    block = (two["bytes accessed"] - one["bytes accessed"]) / (1 + layers % 2)
+    return float(one["bytes accessed"] + (layers - 1) * block)
+
+
+def collectives(text: str) -> dict[str, Collective]:
+    """Counts the collective operations of a compiled program, loops multiplied out.
+
+    Args:
+        text: the program in XLA's notation.
+    """
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        start = re.match(r"(ENTRY )?%(\S+) \(.*\{$", line)
+        if start:
+            lines = computations.setdefault(start[2], [])
+            entry = start[2] if start[1] else entry
+        else:
+            lines.append(line)
+    # By channel, as one that runs beside other operations is written in several parts.
+    found: dict[str, tuple[str, int, int]] = {}
+
+    def visit(name: str, times: int) -> None:
+        for line in computations.get(name, ()):
+            result, operation = _operation(line)
+            if operation in _COLLECTIVES:
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = channel[1] if channel else line
+                found[key] = operation, times, times * _size(result)
+            inner = times
+            if operation == "while":
+                inner *= _trips(computations[_called(line, "condition")[0]])
+            for called in _called(line, "body|calls|to_apply"):
+                visit(called, inner)
+
+    visit(entry, 1)
+    kinds = {kind for kind, _, _ in found.values()}
+    return {
+        kind: Collective(
+            times=sum(times for k, times, _ in found.values() if k == kind),
+            bytes=sum(size for k, _, size in found.values() if k == kind),
+        )
+        for kind in kinds
+    }
+
+
+def _operation(line: str) -> tuple[str, str]:
+    """Splits ``%name = result operation(...)``."""
+    definition = line.partition(" = ")[2]
+    operation = re.search(r" ([a-z-]+?)(?:-start)?\(", definition)
+    if operation is None:
+        return "", ""
+    return definition[: operation.start()], operation[1]
+
+
+def _called(line: str, how: str) -> list[str]:
+    return re.findall(rf"(?:{how})=%([^\s,)}}]+)", line)
+
+
+def _trips(condition: list[str]) -> int:
+    """Returns the number that the counter of a scan is compared with."""
+    (number,) = re.findall(r"constant\((\d+)\)", "\n".join(condition))
+    return int(number)
+
+
+def _size(shapes: str) -> int:
+    """Adds up the bytes of shapes such as bf16[8,128]."""
+    total = 0
+    for dtype, dimensions in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
+        bits = _BITS.get(dtype, 32)
+        elements = 1
+        for dimension in filter(None, dimensions.split(",")):
+            elements *= int(dimension)
+        total += elements * bits // 8
+    return total
+
+
+def compile_only(
+    topology: str = "v5e:4x4",
+    start: Start = Start(),  # noqa: B008 (frozen)
+    config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Compile the training step for a TPU slice, and print what it takes there.
+
+    Args:
+        topology: kind of TPU and arrangement of its chips, as in v5e:4x4.
+        start: where the settings start from.
+        config: the run.
+    """
+    del start  # It has become the defaults of the configuration.
+    jax.config.update("jax_platforms", "cpu")  # A TPU of this machine stays free.
+    tokens = config.data.batch_size * config.data.sequence_length
+    flops = log.flops_per_token(config.model, config.data.sequence_length) * tokens
+    print(
+        f"Compiling a step of {config.data.batch_size} x {config.data.sequence_length} "
+        f"tokens with {title(config.optimizer.optimizer)}, "
+        f"{count_parameters(config.model):,} parameters, for {topology}: it takes a "
+        "minute or a few.",
+        flush=True,
+    )
+    found = account(config, topology)
+    part = "" if config.accumulate == 1 else f", of one of {config.accumulate} parts"
+    rows = [
+        ("parameters", _gib(found.parameters)),
+        ("optimizer's state", _gib(found.moments)),
+        ("activations, gradients, gathered parameters", _gib(found.temporaries)),
+        ("peak, all together", _gib(found.peak)),
+        (f"read and written in a step{part}", f"{found.accessed / 1e9:.1f} GB"),
+    ]
+    print("\n" + markdown_table((f"on each device of {topology}", ""), rows))
+    sent = [
+        (name, f"{c.times}", f"{c.bytes / 1e9:.3f} GB")
+        for name, c in sorted(found.collectives.items())
+    ]
+    print("\n" + markdown_table(("in a step", "times", "results"), sent))
+    print(f"\nThe model's FLOPs in a step, of all devices: {flops:.3g}")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+if __name__ == "__main__":
+    run_command(compile_only)

@@ -1,0 +1,136 @@
+"""The log of a run: a line of JSON for every step, and TensorBoard's events."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+from examples.llama.config import ModelConfig, require
+from examples.llama.model import count_parameters
+
+Record = dict[str, Any]
+"""What is known of a step. ``step``, counted from one, ``loss``, ``perplexity``,
+``grad_norm`` and ``learning_rate`` are there always; ``validation_loss``,
+``validation_perplexity`` and ``aligned_fraction`` after an evaluation;
+``seconds_per_step``, ``tokens_per_second`` and ``mfu`` where the log is written.
+``diverged`` ends a run."""
+
+FILE_NAME = "metrics.jsonl"
+
+# Dense bfloat16 FLOP/s of one device, from the vendors' data sheets.
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class Log:
+    """Writes records to a run's directory, in the process that is to do so."""
+
+    def __init__(self, directory: Path, step: int):
+        """Opens the log, and forgets what comes after a step.
+
+        Args:
+            directory: of the run.
+            step: the last step that is kept: that of the checkpoint to go on from.
+
+        Raises:
+            InputError: for a log that ends before that step.
+        """
+        self._path = directory / FILE_NAME
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        kept = [record for record in read(directory) if record["step"] <= step]
+        require(
+            len(kept) == step,
+            f"run_dir: {self._path} ends at step {len(kept)}, before the checkpoint of "
+            f"step {step}; choose another --run-dir",
+        )
+        partial = self._path.with_suffix(".partial")
+        with partial.open("w") as file:
+            file.writelines(map(_line, kept))
+            _sync(file)
+        partial.replace(self._path)
+        self._events = SummaryWriter(
+            str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10
+        )
+
+    def write(self, records: Iterable[Record]) -> None:
+        """Appends records, and returns when they are on the disk."""
+        if not self._writes:
+            return
+        with self._path.open("a") as file:
+            for record in records:
+                file.write(_line(record))
+                for name, value in record.items():
+                    if name != "step" and value is not None:
+                        self._events.add_scalar(name, value, record["step"])
+            _sync(file)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Ends TensorBoard's thread."""
+        if self._writes:
+            self._events.close()
+
+
+def read(directory: Path) -> list[Record]:
+    """Reads a run's log; of a line that was being written at the end, nothing."""
+    path = directory / FILE_NAME
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def perplexity(loss: float) -> float:
+    """Returns the exponential of a loss in nats."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Counts the operations that a token takes in training, as in PaLM.
+
+    Six for each parameter that multiplies, which the embedding's do not, and
+    ``12 L T D`` for attention, whose causal mask is not counted as a saving.
+
+    Reference: Chowdhery et al., arXiv:2204.02311, appendix B.
+    """
+    parameters = count_parameters(config) - config.vocab_size * config.hidden_size
+    attention = 12 * config.num_layers * config.hidden_size * sequence_length
+    return 6.0 * parameters + attention
+
+
+def utilization(flops_per_second: float, devices: int) -> float | None:
+    """Returns the share of the devices' peak, where that is known."""
+    peak = _PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return None if peak is None else flops_per_second / (peak * devices)
+
+
+def _line(record: Record) -> str:
+    # JSON has no word for what is not finite.
+    finite = {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None
+        for name, value in record.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
