@@ -4,7 +4,7 @@
 #   make test    run the tests, the docstrings' and the README's examples among them
 #   make lint    ruff and mypy
 #   make costs   what caution costs, by the TPU's compiler and on this machine's CPU
-#   make peers   the time of a step beside PyTorch's and timm's optimizers
+#   make peers   times beside PyTorch's and timm's optimizers and transformers' Llama
 #   make sweep   the demo's comparison at four learning rates (a quarter of an hour)
 
 PYTHON ?= python3
@@ -16,14 +16,15 @@ BIN := $(VENV)/bin
 # of 2 MB. Other systems ignore this.
 TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 
-.PHONY: demo sweep quadratic costs peers test test-library test-floor test-tpu lint clean
+.PHONY: demo sweep quadratic costs peers test test-library test-floor test-tpu test-parity \
+  lint clean
 
 demo: $(VENV)/.examples
 	$(TRAIN) -m examples.llama.compare
 
 sweep: $(VENV)/.examples
 	$(TRAIN) -m examples.llama.compare --learning-rates 1e-3 2e-3 4e-3 8e-3 \
-	  --output-dir outputs/sweep
+	  --output-dir outputs/llama/sweep
 
 quadratic: $(VENV)/.examples
 	$(BIN)/python -m examples.quadratic
@@ -31,13 +32,16 @@ quadratic: $(VENV)/.examples
 # The TPU's compiler has an environment of its own: where it is installed, JAX looks for
 # a TPU whenever it starts.
 costs: $(VENV)/.examples
-	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu
+	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.examples
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.growth
+	$(TRAIN) -m benchmarks.training_step cpu
 	.venv-tpu/bin/python -m benchmarks.tpu
+	.venv-tpu/bin/python -m benchmarks.training_step tpu
 
-peers: $(VENV)/.peers
+peers: $(VENV)/.examples $(VENV)/.peers $(VENV)/.parity
 	$(BIN)/python -m benchmarks.peers
+	$(TRAIN) -m benchmarks.llama
 
 test: $(VENV)/.examples $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto
@@ -56,6 +60,10 @@ test-floor:
 test-tpu:
 	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.test
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_tpu.py
+
+# What examples.llama exports, in transformers and PyTorch.
+test-parity: $(VENV)/.examples $(VENV)/.test $(VENV)/.parity
+	$(BIN)/python -m pytest tests/examples/test_llama_export.py
 
 lint: $(VENV)/.examples $(VENV)/.lint
 	$(BIN)/ruff check

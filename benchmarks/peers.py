@@ -8,7 +8,6 @@ it. ``pip install -e '.[peers]'`` installs what it needs.
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -22,7 +21,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from timm.optim.adamw import AdamWLegacy
-from tqdm import trange
+from tqdm import tqdm
 
 from benchmarks.steps import (
     LEARNING_RATE,
@@ -34,7 +33,7 @@ from benchmarks.steps import (
     markdown_table,
     optimizer_step,
 )
-from benchmarks.timing import WARM_UP, Pair, Stepper, normal_like
+from benchmarks.timing import Pair, Stepper, normal_like, take_turns
 
 # Where foreach is not given, torch and timm loop over the leaves on a CPU.
 TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -143,14 +142,9 @@ def measure(shapes: Sequence[Shape], rounds: int) -> dict[str, list[float]]:
         for group in GROUPS
         for name in group
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
-    for i in trange(WARM_UP + rounds, unit="round"):
-        for name, step in steppers.items():
-            start = time.perf_counter()
-            step()
-            if i >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    with tqdm(total=rounds, unit="round") as bar:
+        seconds = take_turns(list(steppers.values()), rounds, bar)
+    return dict(zip(steppers, seconds, strict=True))
 
 
 def table(seconds: dict[str, list[float]], parameters: int) -> str:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,16 +81,34 @@ def compare(
     bar.set_description(f"Compiling {name}")
     base, other = Stepper(base_name, shapes), Stepper(name, shapes)
     bar.set_description(name)
-    pair = Pair([], [])
+    seconds = take_turns([base, other], rounds, bar)
+    pair = Pair(*seconds)
+    return Comparison(pair, base.temporaries, other.temporaries)
+
+
+def take_turns(
+    steps: Sequence[Callable[[], None]], rounds: int, bar: "tqdm[Any]"
+) -> list[list[float]]:
+    """Takes a step of each in turns, and moves the bar on by one for each round.
+
+    Args:
+        steps: each waits for its step.
+        rounds: how many are timed, after a few that are not.
+        bar: the progress bar.
+
+    Returns:
+        For each, the seconds of its steps.
+    """
+    seconds: list[list[float]] = [[] for _ in steps]
     for i in range(WARM_UP + rounds):
-        for step, seconds in ((base, pair.base), (other, pair.other)):
+        for step, times in zip(steps, seconds, strict=True):
             start = time.perf_counter()
             step()
             if i >= WARM_UP:
-                seconds.append(time.perf_counter() - start)
+                times.append(time.perf_counter() - start)
         if i >= WARM_UP:
             bar.update()
-    return Comparison(pair, base.temporaries, other.temporaries)
+    return seconds
 
 
 def normal_like(shapes: Sequence[Shape], seed: int) -> list[jax.Array]:

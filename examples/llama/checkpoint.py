@@ -19,6 +19,10 @@ from examples.llama.step import Params, TrainState
 _LOSS = "validation_loss"
 
 
+def _negative_loss(metrics: dict[str, float]) -> float:
+    return -metrics[_LOSS]
+
+
 class Restored(NamedTuple):
     """What a checkpoint holds beside the position in the data."""
 
@@ -40,11 +44,13 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
+                # The policy knows the losses of earlier checkpoints if this is given.
+                best_fn=_negative_loss,
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [
                         checkpoint_managers.LatestN(keep),
                         checkpoint_managers.BestN(
-                            get_metric_fn=lambda metrics: -metrics[_LOSS],
+                            get_metric_fn=_negative_loss,
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),

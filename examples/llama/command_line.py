@@ -19,6 +19,8 @@ from examples.llama.config import (
     with_model,
 )
 
+_OPTIONS = (tyro.conf.OmitArgPrefixes,)
+
 
 @dataclass(frozen=True)
 class Start:
@@ -48,21 +50,37 @@ def starting_config(start: Start) -> TrainConfig:
     return config if start.model is None else with_model(config, start.model)
 
 
-def run_command(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
-    """Calls a function with the arguments of the command line.
+def run_training_command(
+    function: Callable[..., Any], args: Sequence[str] | None = None
+) -> Any:
+    """Does as ``run_command``, for a function with a parameter ``config``.
 
-    The fields of nested settings become options without prefix. The function's
-    parameter ``config`` has the defaults that its parameter ``start`` says; both are
-    found on the command line before all others are. An ``InputError`` ends the program
-    with its message alone.
+    Its defaults are what the parameter ``start`` says, which is found on the command
+    line before all others are.
     """
-    options = (tyro.conf.OmitArgPrefixes,)
-    try:
+
+    def run() -> Any:
         start, _ = tyro.cli(
-            Start, args=args, config=options, add_help=False, return_unknown_args=True
+            Start, args=args, config=_OPTIONS, add_help=False, return_unknown_args=True
         )
         command = partial(function, config=starting_config(start))
         command.__doc__ = function.__doc__
-        return tyro.cli(command, args=args, config=options)
+        return tyro.cli(command, args=args, config=_OPTIONS)
+
+    return _or_exit(run)
+
+
+def run_command(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
+    """Calls a function with the arguments of the command line.
+
+    The fields of nested settings become options without prefix. An ``InputError`` ends
+    the program with its message alone.
+    """
+    return _or_exit(lambda: tyro.cli(function, args=args, config=_OPTIONS))
+
+
+def _or_exit(run: Callable[[], Any]) -> Any:
+    try:
+        return run()
     except InputError as error:
         sys.exit(f"error: {error}")

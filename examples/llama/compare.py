@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from examples.llama import log, report
-from examples.llama.command_line import Start, run_command
+from examples.llama.command_line import Start, run_training_command
 from examples.llama.config import (
     OptimizerName,
     TrainConfig,
@@ -171,4 +171,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    run_command(compare)
+    run_training_command(compare)

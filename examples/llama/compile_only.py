@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.llama import log
-from examples.llama.command_line import Start, run_command
+from examples.llama.command_line import Start, run_training_command
 from examples.llama.config import InputError, TrainConfig, title
 from examples.llama.loop import lower_train_step, state_like
 from examples.llama.model import count_parameters
@@ -255,4 +255,4 @@ def _gib(size: float) -> str:
 
 
 if __name__ == "__main__":
-    run_command(compile_only)
+    run_training_command(compile_only)

@@ -16,7 +16,7 @@ from examples.llama.config import ModelConfig
 from examples.llama.sharding import BATCH, constrain, gather
 
 _INIT = nnx.initializers.normal(0.02)
-_RMS_EPSILON = 1e-6
+RMS_EPSILON = 1e-6
 
 
 class Cache(NamedTuple):
@@ -286,7 +286,7 @@ def _rms_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """Root-mean-square norm over the features."""
     return nnx.RMSNorm(
         config.hidden_size,
-        epsilon=_RMS_EPSILON,
+        epsilon=RMS_EPSILON,
         dtype=jnp.dtype(config.dtype),
         rngs=rngs,
     )

@@ -12,7 +12,7 @@ import jax
 from tqdm import tqdm
 
 from examples.llama import log
-from examples.llama.command_line import Start, run_command
+from examples.llama.command_line import Start, run_training_command
 from examples.llama.config import InputError, TrainConfig, title
 from examples.llama.loop import identity, is_over, preemption, training
 from examples.llama.model import count_parameters
@@ -115,4 +115,4 @@ def progress(record: log.Record) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run_command(train)
+    run_training_command(train)

@@ -16,7 +16,7 @@ for _module in ("grain", "matplotlib", "tokenizers", "tqdm", "tyro"):
 from PIL import Image
 
 from examples.llama import compare, log, report
-from examples.llama.command_line import run_command
+from examples.llama.command_line import run_training_command
 from examples.llama.config import (
     DataConfig,
     InputError,
@@ -278,7 +278,7 @@ def test_from_the_command_line(config, tmp_path, capsys):
         --cache-dir {config.data.cache_dir} --output-dir {tmp_path / "new"}
         --vocab-size 300 --hidden-size 32 --num-layers 1 --sequence-length 32
         --batch-size 8 --validation-batches 2"""
-    run_command(compare.compare, command.split())
+    run_training_command(compare.compare, command.split())
     assert "| 0.001         | Lion      |" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("tyro", reason="needs the extra [examples]")
 
-from examples.llama.command_line import Start, run_command
+from examples.llama.command_line import Start, run_training_command
 from examples.llama.config import (
     MODELS,
     PRESETS,
@@ -45,15 +45,15 @@ def echo(
 
 
 def parse(command):
-    return run_command(echo, command.split())[1]
+    return run_training_command(echo, command.split())[1]
 
 
 def test_without_arguments():
-    assert run_command(echo, []) == (1, TrainConfig())
+    assert run_training_command(echo, []) == (1, TrainConfig())
 
 
 def test_an_option_changes_one_setting():
-    assert run_command(echo, ["--number", "7", "--steps", "9"]) == (
+    assert run_training_command(echo, ["--number", "7", "--steps", "9"]) == (
         7,
         replace(TrainConfig(), steps=9),
     )

@@ -1,0 +1,100 @@
+"""The demo's training step beside that of transformers' Llama in PyTorch.
+
+``python -m benchmarks.llama`` trains the same architecture on the same batch with AdamW
+in both, a step of each in turns, on this machine's CPU. It needs the extras
+``examples`` and ``parity``.
+"""
+
+import os
+import platform
+import statistics
+from importlib.metadata import version
+
+import jax
+import numpy as np
+import torch
+import transformers
+import tyro
+from tqdm import tqdm
+
+from benchmarks.steps import LEARNING_RATE, markdown_table
+from benchmarks.timing import Pair, take_turns
+from benchmarks.training_step import TrainStepper, with_optimizer
+from examples.llama.config import PRESETS, TrainConfig
+
+
+class TorchStepper:
+    """A PyTorch model with its optimizer and one batch."""
+
+    def __init__(self, config: TrainConfig, tokens: np.ndarray) -> None:
+        """Makes the model, with random weights."""
+        model = config.model
+        torch.manual_seed(0)
+        self.model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=model.vocab_size,
+                hidden_size=model.hidden_size,
+                intermediate_size=model.intermediate_size,
+                num_hidden_layers=model.num_layers,
+                num_attention_heads=model.num_heads,
+                num_key_value_heads=model.num_kv_heads,
+                max_position_embeddings=config.data.sequence_length,
+                rms_norm_eps=1e-6,
+                tie_word_embeddings=False,
+                use_cache=False,
+                attn_implementation="sdpa",
+            )
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
+        )
+        self.tokens = torch.tensor(tokens.astype(np.int64))
+
+    def __call__(self) -> None:
+        """Takes a step, with gradients clipped as the demo's are."""
+        inputs, targets = self.tokens[:, :-1], self.tokens[:, 1:]
+        logits = self.model(input_ids=inputs).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+def main(rounds: int = 100, threads: int | None = None) -> None:
+    """Print the tokens per second of both.
+
+    Args:
+        rounds: steps of each that are timed.
+        threads: of PyTorch; as many as there are cores unless given.
+    """
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    config = with_optimizer(PRESETS["demo"], "adamw")
+    ours = TrainStepper(config)
+    theirs = TorchStepper(config, np.asarray(ours.batch))
+    with tqdm(total=rounds, unit="round") as bar:
+        pair = Pair(*take_turns([theirs, ours], rounds, bar))
+    tokens = config.data.batch_size * config.data.sequence_length
+    names = f"transformers {transformers.__version__}", "examples/llama"
+    rows = [
+        (name, f"{1e3 * median:.0f}", f"{tokens / median:,.0f}")
+        for name, median in zip(names, map(statistics.median, pair), strict=True)
+    ]
+    print(
+        f"The demo's model, {config.data.batch_size} x {config.data.sequence_length} "
+        f"tokens, float32, AdamW; {torch.get_num_threads()} threads; torch "
+        f"{torch.__version__}, jax {jax.__version__}, flax {version('flax')}, Python "
+        f"{platform.python_version()}.\n"
+    )
+    print(markdown_table(("", "ms a step", "tokens per second"), rows))
+    low, high = (1 / ratio for ratio in pair.quartiles[::-1])
+    print(
+        f"\nexamples/llama does {1 / pair.ratio:.2f} of the tokens of transformers in "
+        f"the same time (quartiles {low:.2f} to {high:.2f})."
+    )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,169 @@
+"""What caution adds to a whole training step of a Llama.
+
+``python -m benchmarks.training_step cpu`` takes steps of the demo with AdamW and with
+cautious AdamW, in turns, on this machine. ``python -m benchmarks.training_step tpu``
+compiles the steps of the paper's 60M and 1B models for TPU slices, which takes some
+minutes, and prints what the compiler says of each. Both need the ``examples`` extra,
+the second the ``tpu`` extra too.
+"""
+
+import statistics
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from benchmarks.steps import markdown_table
+from benchmarks.timing import Pair, take_turns
+from examples.llama.compile_only import Account, account
+from examples.llama.config import (
+    PRESETS,
+    ModelName,
+    OptimizerConfig,
+    OptimizerName,
+    TrainConfig,
+    title,
+    with_model,
+)
+from examples.llama.loop import lower_train_step, make_state
+from examples.llama.model import count_parameters
+from examples.llama.optimizer import make_optimizer
+from examples.llama.sharding import BATCH, make_mesh
+
+OPTIMIZERS: list[OptimizerName] = ["adamw", "cautious_adamw"]
+
+
+class Slice(NamedTuple):
+    """A model, and what it is trained on."""
+
+    model: ModelName
+    topology: str
+    sequences: int
+
+
+SLICES = [Slice("60m", "v5e:2x2", 128), Slice("1b", "v5e:4x4", 128)]
+
+
+def with_optimizer(config: TrainConfig, name: OptimizerName) -> TrainConfig:
+    """Sets the optimizer, at a learning rate that no cost depends on."""
+    return replace(config, optimizer=OptimizerConfig(name, learning_rate=1e-3))
+
+
+class TrainStepper:
+    """A compiled training step with its state and one batch."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Makes the arrays and compiles the step."""
+        mesh = make_mesh(config, jax.devices()[:1])
+        tx = make_optimizer(config.optimizer, config.steps)
+        shape = config.data.batch_size, config.data.sequence_length + 1
+        tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape)
+        self.batch = jax.device_put(
+            tokens.astype(np.uint16), NamedSharding(mesh, P(BATCH))
+        )
+        self.state = make_state(config, tx, mesh)
+        self.step = lower_train_step(config, tx, mesh, self.batch).compile()
+
+    def __call__(self) -> None:
+        """Takes a step, and waits for it."""
+        self.state, _ = jax.block_until_ready(self.step(self.state, self.batch))
+
+
+def on_cpu(rounds: int) -> None:
+    """Times the demo's step with and without caution, and prints a table."""
+    demo = PRESETS["demo"]
+    steppers = [TrainStepper(with_optimizer(demo, name)) for name in OPTIMIZERS]
+    with tqdm(total=rounds, unit="round") as bar:
+        pair = Pair(*take_turns(steppers, rounds, bar))
+    tokens = demo.data.batch_size * demo.data.sequence_length
+    rows = [
+        (title(name), f"{1e3 * statistics.median(seconds):.1f}", ratio)
+        for name, seconds, ratio in zip(
+            OPTIMIZERS,
+            pair,
+            ("", "{:.3f} ({:.3f} to {:.3f})".format(pair.ratio, *pair.quartiles)),
+            strict=True,
+        )
+    ]
+    print(
+        f"The demo, {count_parameters(demo.model):,} parameters, {tokens} tokens a "
+        f"step; jax {jax.__version__} on {jax.devices()[0].device_kind}.\n"
+    )
+    print(markdown_table(("optimizer", "ms a step", "ratio (quartiles)"), rows))
+
+
+def on_tpu() -> None:
+    """Compiles the paper's models for TPU slices, and prints a table."""
+    rows: list[tuple[str, ...]] = []
+    with tqdm(total=len(SLICES) * len(OPTIMIZERS), unit="step") as bar:
+        for model, topology, sequences in SLICES:
+            config = with_model(PRESETS["paper"], model)
+            config = replace(
+                config,
+                model=replace(config.model, remat=True),
+                data=replace(config.data, batch_size=sequences),
+            )
+            found: list[Account] = []
+            for name in OPTIMIZERS:
+                bar.set_description(f"Compiling {model} for {topology} with {name}")
+                found.append(account(with_optimizer(config, name), topology))
+                bar.update()
+            rows += _rows(model, topology, found)
+    print(
+        "Sequences of 1024 tokens, 128 a step, bfloat16 compute, rematerialized; one "
+        "device of each slice.\n"
+    )
+    header = (
+        "model",
+        "slice",
+        "optimizer",
+        "GB moved",
+        "the optimizer's share",
+        "peak memory, GiB",
+        "all-reduces",
+        "other collectives",
+    )
+    print(markdown_table(header, rows))
+
+
+def _rows(model: str, topology: str, found: list[Account]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    # Of arrays of all parameters: moved by the optimizer, by docs/performance.md.
+    for name, moved, a in zip(OPTIMIZERS, (7, 9), found, strict=True):
+        others = sum(c.times for k, c in a.collectives.items() if k != "all-reduce")
+        rows.append(
+            (
+                model,
+                topology,
+                title(name),
+                f"{a.accessed / 1e9:.1f}",
+                f"{moved * a.parameters / 1e9:.2f}",
+                f"{a.peak / 2**30:.2f}",
+                str(a.collectives["all-reduce"].times),
+                str(others),
+            )
+        )
+    return rows
+
+
+def main(where: tyro.conf.Positional[Literal["cpu", "tpu"]], rounds: int = 100) -> None:
+    """Print what caution adds to a whole training step.
+
+    Args:
+        where: cpu runs the demo's step, tpu compiles the paper's models.
+        rounds: steps with each optimizer that are timed.
+    """
+    if where == "cpu":
+        on_cpu(rounds)
+    else:
+        jax.config.update("jax_platforms", "cpu")  # A TPU of this machine stays free.
+        on_tpu()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

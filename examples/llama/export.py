@@ -1,0 +1,212 @@
+"""The command that writes a trained model in the format of Hugging Face.
+
+``python -m examples.llama.export --run-dir DIR --output-dir OUT`` writes a directory
+from which ``transformers`` loads a ``LlamaForCausalLM`` and its tokenizer, and other
+programs that read this format do too.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from examples.llama.command_line import run_command
+from examples.llama.config import TrainConfig, make_directory, require
+from examples.llama.generate import Run, Source, load_run
+from examples.llama.model import RMS_EPSILON
+from examples.llama.step import Params
+
+SHARD_BYTES = 5_000_000_000
+"""What one file holds at most, unless it is a single tensor."""
+
+# The names of a block's parameters here, and those of transformers.
+_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+
+
+def to_tensors(params: Params) -> dict[str, np.ndarray]:
+    """Names parameters as transformers does, and lays them out likewise.
+
+    Both rotate feature ``i`` of a head with feature ``i + H/2``, so that the features
+    stay in their order.
+
+    Args:
+        params: in the host's memory; kernels are ``[inputs, outputs]``, and those of
+            all blocks are stacked.
+
+    Returns:
+        Views of them; weights are ``[outputs, inputs]``, and every block has its own.
+    """
+    tensors = {"model.embed_tokens.weight": params["embedding"]["embedding"]}
+    blocks = {here: _weight(params["blocks"], here) for here in _BLOCK}
+    for layer in range(len(blocks["attention_norm"])):
+        for here, there in _BLOCK.items():
+            tensors[f"model.layers.{layer}.{there}.weight"] = blocks[here][layer].T
+    tensors["model.norm.weight"] = params["norm"]["scale"]
+    tensors["lm_head.weight"] = params["logits"]["kernel"].T
+    return tensors
+
+
+def _weight(params: Params, name: str) -> Any:
+    """Finds a kernel or the scale of a norm by the names of what holds it."""
+    for part in name.split("."):
+        params = params[part]
+    (weight,) = params.values()
+    return weight
+
+
+def to_config(config: TrainConfig, end: int) -> dict[str, Any]:
+    """Makes the content of transformers' config.json.
+
+    Args:
+        config: the run.
+        end: the token that ends a document, and so comes before the next one, too.
+    """
+    model = config.model
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": RMS_EPSILON,
+        "rope_theta": model.rope_theta,
+        "max_position_embeddings": config.data.sequence_length,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "torch_dtype": "float32",
+    }
+
+
+def to_tokenizer_config(config: TrainConfig) -> dict[str, Any]:
+    """Makes the content of transformers' tokenizer_config.json."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": config.data.end_of_document,
+        "eos_token": config.data.end_of_document,
+        "model_max_length": config.data.sequence_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def to_tokenizer(text: str) -> dict[str, Any]:
+    """Makes the content of transformers' tokenizer.json.
+
+    Args:
+        text: the tokenizer.json of the run.
+
+    Returns:
+        The same without what adds special tokens around a text, as T5's does: there
+        were none around the texts of the training. A text that spells out a special
+        token becomes that token, as everywhere in transformers.
+    """
+    tokenizer: dict[str, Any] = json.loads(text)
+    return {**tokenizer, "post_processor": None}
+
+
+def split_tensors(
+    tensors: Mapping[str, np.ndarray], limit: int
+) -> list[dict[str, np.ndarray]]:
+    """Divides tensors, in their order, among files of at most ``limit`` bytes each.
+
+    One that is larger has a file of its own.
+    """
+    shards: list[dict[str, np.ndarray]] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if not shards or size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def save_tensors(
+    tensors: Mapping[str, np.ndarray], directory: Path, limit: int = SHARD_BYTES
+) -> None:
+    """Writes model.safetensors, or several files and an index of them.
+
+    Args:
+        tensors: by their names.
+        directory: where to.
+        limit: what one file holds at most, in bytes.
+    """
+    shards = split_tensors(tensors, limit)
+    files = list(_file_names(len(shards)))
+    for file, shard in zip(files, shards, strict=True):
+        # safetensors writes the memory as it lies, that of a transposed view too.
+        contiguous = {name: np.ascontiguousarray(x) for name, x in shard.items()}
+        save_file(contiguous, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(x.nbytes for x in tensors.values())},
+            "weight_map": {
+                name: file
+                for file, shard in zip(files, shards, strict=True)
+                for name in shard
+            },
+        }
+        _save_json(index, directory / "model.safetensors.index.json")
+
+
+def _file_names(count: int) -> Iterator[str]:
+    if count == 1:
+        yield "model.safetensors"
+        return
+    for i in range(1, count + 1):
+        yield f"model-{i:05}-of-{count:05}.safetensors"
+
+
+def _save_json(content: Any, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_run(run: Run, directory: Path) -> None:
+    """Writes a model and its tokenizer to a directory."""
+    save_tensors(to_tensors(run.params), directory)
+    _save_json(to_config(run.config, run.end), directory / "config.json")
+    _save_json(to_tokenizer(run.tokenizer.to_str()), directory / "tokenizer.json")
+    _save_json(to_tokenizer_config(run.config), directory / "tokenizer_config.json")
+
+
+def export(source: Source, output_dir: Path) -> None:
+    """Write a model in the format of Hugging Face.
+
+    Args:
+        source: where the parameters come from.
+        output_dir: where the files go; a new directory, or an empty one.
+    """
+    run = load_run(source)
+    make_directory("output_dir", output_dir)
+    require(
+        not any(output_dir.iterdir()),
+        f"output_dir: {output_dir} is not empty; choose another",
+    )
+    save_run(run, output_dir)
+    print(f"Wrote the model of step {run.step} to {output_dir}.")
+
+
+if __name__ == "__main__":
+    run_command(export)
