@@ -1,6 +1,8 @@
 """Checkpoints: the newest and the best, and going on from one."""
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +18,6 @@ from tqdm import tqdm
 from examples.llama.config import InputError, require
 from examples.llama.step import Params, TrainState
 
-_LOSS = "validation_loss"
-
-
-def _negative_loss(metrics: dict[str, float]) -> float:
-    return -metrics[_LOSS]
-
 
 class Restored(NamedTuple):
     """What a checkpoint holds beside the position in the data."""
@@ -30,32 +26,42 @@ class Restored(NamedTuple):
     state: TrainState
 
 
+@dataclass(frozen=True)
+class _NewestAndBest(checkpoint_managers.PreservationPolicy):  # type: ignore[misc]
+    """Keeps the newest checkpoints, and the one with the lowest validation loss."""
+
+    newest: int
+    losses: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = set(steps[-self.newest :])
+        known = [step for step in steps if step in self.losses]
+        if known:
+            kept.add(min(known, key=self.losses.__getitem__))
+        return [step in kept for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of a run, written while the training goes on."""
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(
+        self, directory: Path, keep: int, losses: Mapping[int, float] | None = None
+    ):
         """Opens a directory.
 
         Args:
             directory: where they are, or will be.
             keep: how many of the newest are kept, beside the best.
+            losses: validation losses of the steps of those that are there.
         """
         self._damaged = directory.parent / "damaged_checkpoints"
+        self._losses = dict(losses or {})
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                # The policy knows the losses of earlier checkpoints if this is given.
-                best_fn=_negative_loss,
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                    [
-                        checkpoint_managers.LatestN(keep),
-                        checkpoint_managers.BestN(
-                            get_metric_fn=_negative_loss,
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
+                preservation_policy=_NewestAndBest(keep, self._losses),
                 cleanup_tmp_directories=True,
             ),
         )
@@ -71,6 +77,8 @@ class Checkpoints:
 
         An error of the one before is raised here.
         """
+        if validation_loss is not None:
+            self._losses[step] = validation_loss
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -78,7 +86,6 @@ class Checkpoints:
                 data=grain.checkpoint.CheckpointSave(batches),
                 checksum=ocp.args.JsonSave({"state": int(checksum(state))}),
             ),
-            metrics=None if validation_loss is None else {_LOSS: validation_loss},
         )
 
     def restore(
@@ -96,10 +103,11 @@ class Checkpoints:
             The step and the state, or None where there is no checkpoint.
 
         Raises:
-            InputError: if there are checkpoints, and none is whole.
+            InputError: if there are checkpoints and none is whole, or they are of
+                another number of processes.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            self._require_same_processes(step)
             try:
                 restored = self._manager.restore(
                     step,
@@ -114,14 +122,14 @@ class Checkpoints:
                 return Restored(step, restored["state"])
             except Exception as error:
                 # Whatever is wrong with files, tensorstore and JSON raise all sorts.
-                reason = str(error).strip().partition("\n")[0]
+                reason = str(error).strip().partition("\n")[0].partition(". See")[0]
                 tqdm.write(
                     f"The checkpoint of step {step} is damaged and is moved to "
                     f"{self._damaged}: {reason}"
                 )
                 self._set_aside(step)
         require(
-            not steps,
+            not self._damaged.exists(),
             f"run_dir: none of the checkpoints in {self._manager.directory} is whole; "
             "choose another --run-dir",
         )
@@ -131,6 +139,17 @@ class Checkpoints:
         """Waits until the last checkpoint is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+    def _require_same_processes(self, step: int) -> None:
+        """Checks that a checkpoint has a position in the data for each process."""
+        directory = Path(self._manager.directory) / str(step) / "data"
+        there = {file.stem.rpartition("-")[2] for file in directory.glob("process_*")}
+        require(
+            not there or str(jax.process_count()) in there,
+            "run_dir: the positions in the data are those of "
+            f"{'/'.join(sorted(there))} processes, and there are "
+            f"{jax.process_count()}; start as many, or choose another --run-dir",
+        )
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:

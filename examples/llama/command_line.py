@@ -1,5 +1,7 @@
 """The command line: where settings start from, and how errors end a program."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,3 +86,22 @@ def _or_exit(run: Callable[[], Any]) -> Any:
         return run()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except Exception as error:
+        if not _is_of_a_full_disk(error):
+            raise
+        sys.exit(
+            "error: there is no space left on the disk; make room, and give the same "
+            f"command again ({error})"
+        )
+
+
+def _is_of_a_full_disk(error: BaseException | None) -> bool:
+    """Looks for the error behind the error; tensorstore's has no number, but a text."""
+    if error is None:
+        return False
+    number = error.errno if isinstance(error, OSError) else None
+    return (
+        number in (errno.ENOSPC, errno.EDQUOT)
+        or os.strerror(errno.ENOSPC) in str(error)
+        or _is_of_a_full_disk(error.__cause__ or error.__context__)
+    )

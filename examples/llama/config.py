@@ -136,7 +136,7 @@ class ModelConfig:
     remat: bool = False
     """Keep only the input of each block for the backward pass, and compute the rest of
     it again. Saves most of the activations' memory for a third more computation."""
-    unroll: int = 1
+    unroll: int = 3
     """Blocks in each iteration of the loop over them. More take longer to compile."""
 
     @property
@@ -393,6 +393,7 @@ def _paper_model(
         num_kv_heads=num_heads,
         num_layers=num_layers,
         dtype="bfloat16",
+        unroll=1,
     )
 
 

@@ -78,7 +78,7 @@ class Log:
             for record in records:
                 file.write(_line(record))
                 for name, value in record.items():
-                    if name != "step" and value is not None:
+                    if name != "step" and math.isfinite(value):
                         self._events.add_scalar(name, value, record["step"])
             _sync(file)
         self._events.flush()

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.llama import log
-from examples.llama.checkpoint import Checkpoints, size
+from examples.llama.checkpoint import Checkpoints, saved_steps, size
 from examples.llama.config import (
     TrainConfig,
     from_json,
@@ -73,7 +73,7 @@ def training(
     mesh = make_mesh(config)
     tx = make_optimizer(config.optimizer, config.steps)
     records = _open_run(config, run_dir)
-    if is_over(records, config.steps):
+    if is_over(records, config.steps) and _is_saved(records, run_dir):
         yield records
         return
     if data is None:
@@ -84,7 +84,12 @@ def training(
     like = state_like(config, tx, mesh)
     _require_space(run_dir, size(like), config.keep)
     batches = iter(data.train)
-    checkpoints = Checkpoints(run_dir / CHECKPOINTS_NAME, config.keep)
+    losses = {
+        record["step"]: record["validation_loss"]
+        for record in records
+        if record.get("validation_loss") is not None
+    }
+    checkpoints = Checkpoints(run_dir / CHECKPOINTS_NAME, config.keep, losses)
     restored = checkpoints.restore(like, batches)
     if restored is None:
         step, state = 0, make_state(config, tx, mesh)
@@ -229,6 +234,14 @@ def is_over(records: list[log.Record], steps: int) -> bool:
     )
 
 
+def _is_saved(records: list[log.Record], run_dir: Path) -> bool:
+    """Says whether the last step, if it is one to go on from, has its checkpoint."""
+    last = records[-1]
+    return bool(last.get("diverged")) or (
+        last["step"] in saved_steps(run_dir / CHECKPOINTS_NAME)
+    )
+
+
 def load_run_data(config: TrainConfig) -> Data:
     """Loads what this process trains on."""
     return load_data(
@@ -254,11 +267,14 @@ def _open_run(config: TrainConfig, run_dir: Path) -> list[log.Record]:
             f"({', '.join(different)}); choose another --run-dir",
         )
     elif jax.process_index() == 0:
+        partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
         require(
             not any(run_dir.iterdir()),
             f"run_dir: {run_dir} is not empty and holds no run; choose another",
         )
-        path.write_text(to_json(config))
+        partial.write_text(to_json(config))
+        partial.replace(path)
     return log.read(run_dir)
 
 

@@ -164,11 +164,7 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         """Draws every weight from ``rngs``, with a standard deviation of 0.02."""
         self.embedding = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=jnp.dtype(config.dtype),
-            embedding_init=_INIT,
-            rngs=rngs,
+            config.vocab_size, config.hidden_size, embedding_init=_INIT, rngs=rngs
         )
         make_blocks = nnx.vmap(partial(Block, config), axis_size=config.num_layers)
         self.blocks = make_blocks(rngs.split(config.num_layers))
@@ -176,6 +172,7 @@ class Llama(nnx.Module):
         self.logits = _linear(
             config.hidden_size, config.vocab_size, config, rngs, jnp.float32
         )
+        self.dtype = jnp.dtype(config.dtype)
         self.remat = config.remat
         self.unroll = config.unroll
 
@@ -217,7 +214,9 @@ class Llama(nnx.Module):
         if self.remat:
             # In a scan nothing merges the two computations of a block anyway.
             run_block = jax.checkpoint(run_block, prevent_cse=False)
-        x = constrain(self.embedding(tokens), BATCH, None, None)
+        # In float32, as the gradients of a frequent token are many to add up.
+        table = constrain(self.embedding.embedding[...], "tensor", None)
+        x = constrain(table[tokens], BATCH, None, None).astype(self.dtype)
         x, cache = jax.lax.scan(run_block, x, (blocks, cache), unroll=self.unroll)
         logits = self.logits(self.norm(x))
         return constrain(logits, BATCH, None, "tensor"), cache

@@ -80,7 +80,7 @@ def train(
     with bar, preemption() as stop:
         for records in training(config, run_dir, stop=stop):
             last = records[-1]
-            validated = [r for r in records if "validation_loss" in r]
+            validated = [r for r in records if r.get("validation_loss") is not None]
             if validated and speaks:
                 tqdm.write(summary(validated[-1]))
             bar.set_description("Training", refresh=False)
@@ -99,14 +99,15 @@ def summary(record: log.Record) -> str:
     """Writes an evaluation as a line."""
     return (
         f"step {record['step']:6d}   validation loss {record['validation_loss']:.4f}   "
-        f"perplexity {record['validation_perplexity']:8.2f}   "
+        f"perplexity {log.perplexity(record['validation_loss']):8.2f}   "
         f"aligned fraction {record['aligned_fraction']:.3f}"
     )
 
 
 def progress(record: log.Record) -> dict[str, str]:
     """Writes what stands beside the progress bar."""
-    shown = {"loss": f"{record['loss']:.3f}"}
+    # Read from the log, a loss that is not finite is None.
+    shown = {} if record["loss"] is None else {"loss": f"{record['loss']:.3f}"}
     if "tokens_per_second" in record:
         shown["tokens/s"] = f"{record['tokens_per_second']:,.0f}"
     if "mfu" in record:

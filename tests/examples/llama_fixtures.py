@@ -1,0 +1,181 @@
+"""What the tests of the Llama program share: a corpus, settings, and its command."""
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from examples.llama import log, loop
+from examples.llama.config import ModelConfig, to_json
+
+ROOT = Path(__file__).parents[2]
+
+# Every size is divided by 4 but the heads of keys and values, which 2 divides.
+MODEL = ModelConfig(
+    vocab_size=304,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+)
+
+_TIMES = {"seconds_per_step", "tokens_per_second", "mfu"}
+
+# Sends a signal to itself when a file of the run is touched: at the nth event of a kind
+# (see docs.python.org/3/library/audit_events.html) on a path that ends like this.
+_AT_AN_EVENT = """
+import os, runpy, sys
+kind, ending, count, number = sys.argv[1:5]
+del sys.argv[1:5]
+run_dir = sys.argv[sys.argv.index("--run-dir") + 1]
+left = int(count)
+def hook(event, arguments):
+    global left
+    path = str(arguments[0]) if arguments else ""
+    if kind in (event, "any") and path.startswith(run_dir) and path.endswith(ending):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), int(number))
+sys.addaudithook(hook)
+runpy.run_module("examples.llama.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def write_documents(directory):
+    """Writes thirty documents made of a few words."""
+    generator = random.Random(0)
+    words = ["the", "optimizer", "moves", "a", "weight", "along", "its", "gradient"]
+    for i in range(30):
+        text = " ".join(generator.choices(words, k=150))
+        (directory / f"{i}.txt").write_text(f"document {i}\n{text}")
+    return directory
+
+
+@contextmanager
+def little_compilation(directory):
+    """Compiles with little optimization, and each program once, also in processes.
+
+    The programs of these tests run for less time than it takes to optimize them.
+    """
+    options = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    _configure(options)
+    yield
+    _configure(before)
+
+
+def _configure(options):
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # It looks at its options once.
+
+
+@contextmanager
+def programs_compiled_once():
+    """Has runs with the same settings share what is compiled, and the first state."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("state_like", "make_state", "compile_programs"):
+            patch.setattr(loop, name, _remembering(getattr(loop, name)))
+        yield
+
+
+def _remembering(function):
+    found = {}
+
+    def remembering(config, tx, mesh, *arrays):
+        key = str(loop.identity(config)), tuple(mesh.shape.values())
+        if key not in found:
+            found[key] = function(config, tx, mesh, *arrays)
+        # A state is given away to the first step.
+        is_array = lambda leaf: isinstance(leaf, jax.Array)  # noqa: E731
+        return jax.tree.map(lambda x: x.copy() if is_array(x) else x, found[key])
+
+    return remembering
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if k not in _TIMES} for r in records]
+
+
+def train(config, run_dir, **options):
+    """Trains in this process, and returns all records that are yielded."""
+    yielded = loop.training(config, run_dir, **options)
+    return without_times(itertools.chain.from_iterable(yielded))
+
+
+def read_log(run_dir):
+    return without_times(log.read(run_dir))
+
+
+class Process:
+    """A process, which writes to a file, so that it never waits for a reader."""
+
+    def __init__(self, arguments, environment):
+        """Starts it."""
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._popen = subprocess.Popen(
+            arguments,
+            cwd=ROOT,
+            env=environment,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def finish(self):
+        """Waits for its end, and returns how it exited and what it said."""
+        try:
+            code = self._popen.wait(timeout=300)
+        finally:
+            self._popen.kill()
+        self._output.seek(0)
+        return code, self._output.read()
+
+
+class Command:
+    """The command that trains, in processes of its own."""
+
+    def __init__(self, config, directory, cache):
+        """Writes the settings into a directory; another keeps what is compiled."""
+        file = directory / "options.json"
+        file.write_text(to_json(config))
+        self._options = ["--config-file", file]
+        self._environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def start(self, run_dir, *options, program=("-m", "examples.llama.train"), **env):
+        """Starts it; ``program`` runs it, and ``env`` is for its environment."""
+        return Process(
+            [sys.executable, *program, *self._options, "--run-dir", run_dir, *options],
+            self._environment | env,
+        )
+
+    def run(self, run_dir, *options, **arguments):
+        """Runs it to its end, and returns how it exited and what it said."""
+        return self.start(run_dir, *options, **arguments).finish()
+
+    def run_until(self, event, run_dir):
+        """Runs it; at ``(kind, ending, count, signal)``, the signal comes."""
+        return self.run(run_dir, program=("-c", _AT_AN_EVENT, *map(str, event)))
+
+
+def largest_file(directory: Path) -> Path:
+    files = (file for file in directory.rglob("*") if file.is_file())
+    return max(files, key=lambda file: file.stat().st_size)

@@ -1,0 +1,721 @@
+"""The runs of the Llama program: killed, stopped, damaged, and going on as if not."""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+from collections import namedtuple
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+for _module in ("grain", "orbax.checkpoint", "tensorboardX", "tokenizers", "tyro"):
+    pytest.importorskip(_module, reason="needs the extra [examples]")
+
+# ruff: noqa: E402
+
+import grain
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from examples.llama import log, loop
+from examples.llama import train as program
+from examples.llama.checkpoint import Checkpoints, checksum, size
+from examples.llama.command_line import run_training_command
+from examples.llama.config import (
+    DataConfig,
+    InputError,
+    OptimizerConfig,
+    TrainConfig,
+    to_json,
+)
+from examples.llama.loop import training
+from examples.llama.optimizer import make_optimizer
+from examples.llama.step import TrainState, init_state
+from tests.examples.llama_fixtures import (
+    MODEL,
+    Command,
+    little_compilation,
+    programs_compiled_once,
+    read_log,
+    train,
+    write_documents,
+)
+
+STEPS = 22
+STOPPED = 13
+"""Where a run that was stopped is: at neither an evaluation nor a checkpoint."""
+
+
+# What tensorstore's coroutines say when one of them has failed.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("compiled")
+    with little_compilation(directory), programs_compiled_once():
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    documents = write_documents(tmp_path_factory.mktemp("documents"))
+    return TrainConfig(
+        model=MODEL,
+        data=DataConfig(
+            data=(str(documents),),
+            cache_dir=tmp_path_factory.mktemp("cache"),
+            sequence_length=16,
+            batch_size=8,
+            validation_batches=2,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1),
+        steps=STEPS,
+        log_every=3,
+        eval_every=2,
+        checkpoint_every=4,
+        mesh=(1, 1, 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_dir(config, tmp_path_factory):
+    """A run that nothing has come across."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    assert [r["step"] for r in train(config, directory)] == [*range(1, STEPS + 1)]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def whole(whole_dir):
+    return read_log(whole_dir)
+
+
+@pytest.fixture(scope="module")
+def stopped_dir(config, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("stopped") / "run"
+    train(config, directory, stop=lambda step: step == STOPPED)
+    return directory
+
+
+@pytest.fixture
+def run_dir(stopped_dir, tmp_path):
+    """A copy of the run that was stopped."""
+    return shutil.copytree(stopped_dir, tmp_path / "run")
+
+
+def saved(run_dir):
+    return sorted(int(d.name) for d in (run_dir / "checkpoints").iterdir())
+
+
+def checksum_of(run_dir, step):
+    return (run_dir / "checkpoints" / str(step) / "checksum" / "metadata").read_text()
+
+
+def largest_file(directory):
+    files = (file for file in directory.rglob("*") if file.is_file())
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+# The log
+
+
+def test_what_is_logged_and_when(config, whole, whole_dir):
+    records = log.read(whole_dir)
+    assert [r["step"] for r in records] == [*range(1, STEPS + 1)]
+    evaluated = [r["step"] for r in records if "validation_loss" in r]
+    assert evaluated == [*range(2, STEPS + 1, 2)]
+    assert [r["step"] for r in records if "aligned_fraction" in r] == evaluated
+    timed = [r for r in records if "seconds_per_step" in r]
+    written = {*range(2, STEPS + 1, 2), *range(3, STEPS + 1, 3)}
+    assert [r["step"] for r in timed] == sorted(written)
+    for record in timed:
+        tokens = record["tokens_per_second"] * record["seconds_per_step"]
+        assert tokens == pytest.approx(8 * 16)
+    for record in records:
+        assert record["perplexity"] == pytest.approx(np.exp(record["loss"]))
+    assert records[0]["learning_rate"] == 0
+    assert records[2]["learning_rate"] == pytest.approx(1e-2)
+    assert whole[-1]["validation_loss"] < whole[1]["validation_loss"] - 1
+
+
+def test_a_line_that_was_being_written_is_made_again(config, run_dir, whole):
+    with (run_dir / log.FILE_NAME).open("a") as file:
+        file.write('{"step": 14, "loss": 4.')
+    assert len(log.read(run_dir)) == STOPPED
+    assert train(config, run_dir) == whole
+    assert read_log(run_dir) == whole
+
+
+def test_steps_after_the_checkpoint_are_made_again(config, run_dir, whole):
+    with (run_dir / log.FILE_NAME).open("a") as file:
+        file.writelines(f'{{"step": {step}, "loss": 9.0}}\n' for step in (14, 15, 16))
+    records = train(config, run_dir)
+    assert records == whole
+    assert read_log(run_dir) == whole
+
+
+def test_a_log_that_ends_before_the_checkpoint(config, run_dir):
+    lines = (run_dir / log.FILE_NAME).read_text().splitlines(keepends=True)
+    (run_dir / log.FILE_NAME).write_text("".join(lines[:-2]))
+    with pytest.raises(InputError, match=r"ends at step 11, before the .* of step 13;"):
+        next(training(config, run_dir))
+
+
+def events(directory):
+    """Reads TensorBoard's files as it does: a new start hides what comes after it."""
+    found = []
+    for file in sorted(directory.iterdir()):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                found = [e for e in found if e.step < event.step]
+            found += [event] * bool(event.summary.value)
+    return found
+
+
+def test_tensorboard_shows_the_log_and_no_step_twice(
+    config, run_dir, whole, monkeypatch
+):
+    shutil.rmtree(run_dir / "checkpoints" / "13")
+    monkeypatch.setattr(
+        log, "SummaryWriter", partial(SummaryWriter, filename_suffix=".resumed")
+    )
+    train(config, run_dir)
+    files = sorted((run_dir / "tensorboard").iterdir())
+    assert [file.suffix == ".resumed" for file in files] == [False, True]
+    shown = {}
+    for event in events(run_dir / "tensorboard"):
+        for value in event.summary.value:
+            assert (event.step, value.tag) not in shown
+            shown[event.step, value.tag] = value.simple_value
+    for record in log.read(run_dir):
+        for name in record.keys() - {"step"}:
+            value = shown.pop((record["step"], name))
+            assert value == pytest.approx(record[name], rel=1e-6)
+    assert not shown
+
+
+def test_operations_of_a_token():
+    attention = 2 * 32 * 32 + 2 * 32 * 16
+    block = attention + 3 * 32 * 48 + 2 * 32
+    parameters = 2 * block + 32 + 32 * 304
+    # Scores and sums of 16 keys, forward and twice backward.
+    scores = 2 * (3 * 2 * 2 * 16 * 32)
+    assert log.flops_per_token(MODEL, 16) == 6 * parameters + scores
+
+
+def test_utilization_is_of_the_peak_where_that_is_known(monkeypatch):
+    assert log.utilization(1e12, 1) is None
+    device = namedtuple("device", ["device_kind"])("TPU v4")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert log.utilization(4 * 275e12 / 2, 4) == pytest.approx(0.5)
+
+
+# Going on
+
+
+def test_a_run_that_is_stopped_anywhere_goes_on_exactly(config, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    for step in (1, 4, 5, 9, STEPS - 1):
+        records = train(config, run_dir, stop=lambda at, step=step: at == step)
+        assert records == whole[:step]
+        assert saved(run_dir)[-1] == step
+    assert train(config, run_dir) == whole
+    assert read_log(run_dir) == whole
+
+
+def test_a_run_killed_anywhere_goes_on_exactly(
+    config, whole, whole_dir, cache, tmp_path
+):
+    command = Command(config, tmp_path, cache)
+    run_dir = tmp_path / "run"
+    draw = random.Random(0).randint
+    kills = [
+        # In the first save, of which there are five renamings: all begins anew.
+        ("os.rename", ".orbax-checkpoint-tmp", draw(1, 5)),
+        # At a writing of the log.
+        ("open", "metrics.jsonl", draw(6, 8)),
+        # When the log has been made anew, but not put in its place.
+        ("os.rename", "metrics.partial", 1),
+        # Anywhere from the second save on.
+        ("any", "", draw(100, 200)),
+        # When a checkpoint is removed.
+        ("shutil.rmtree", "", 1),
+    ]
+    for kill in kills:
+        code, output = command.run_until((*kill, int(signal.SIGKILL)), run_dir)
+        assert code == -signal.SIGKILL, (kill, output)
+    code, output = command.run(run_dir)
+    assert code == 0, output
+    assert read_log(run_dir) == whole
+    assert checksum_of(run_dir, STEPS) == checksum_of(whole_dir, STEPS)
+    assert saved(run_dir) == saved(whole_dir)
+
+
+def test_sigterm_saves_and_ends(config, whole, cache, tmp_path):
+    command = Command(config, tmp_path, cache)
+    run_dir = tmp_path / "run"
+    at = "open", "metrics.jsonl", 4, int(signal.SIGTERM)
+    code, output = command.run_until(at, run_dir)
+    assert code == 0, output
+    step = saved(run_dir)[-1]
+    assert 6 < step < STEPS
+    assert f"Stopped: step {step} is saved, and the same command goes on." in output
+    assert read_log(run_dir) == whole[:step]
+    assert train(config, run_dir) == whole
+
+
+def test_sigterm_is_asked_for_after_each_step_and_then_as_before():
+    before = signal.getsignal(signal.SIGTERM)
+    with loop.preemption() as stop:
+        assert not stop(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop(2)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_that_is_over_computes_nothing(config, whole, whole_dir, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in whole_dir.rglob("*")}
+    for name in ("load_run_data", "make_state", "compile_programs"):
+        monkeypatch.delattr(loop, name)
+    assert train(config, whole_dir) == whole
+    assert {p: p.stat().st_mtime_ns for p in whole_dir.rglob("*")} == before
+
+
+def test_a_run_killed_in_its_last_save_saves_again(config, whole, whole_dir, tmp_path):
+    run_dir = shutil.copytree(whole_dir, tmp_path / "run")
+    last = run_dir / "checkpoints" / str(STEPS)
+    last.rename(last.with_suffix(".orbax-checkpoint-tmp"))
+    assert train(config, run_dir) == whole
+    assert checksum_of(run_dir, STEPS) == checksum_of(whole_dir, STEPS)
+
+
+def test_settings_that_may_change_in_a_run(config, run_dir, whole, tmp_path):
+    other = replace(
+        config,
+        model=replace(config.model, unroll=2),
+        data=replace(config.data, cache_dir=tmp_path / "other"),
+        keep=1,
+        checkpoint_every=10,
+    )
+    assert train(other, run_dir)[-1]["step"] == STEPS
+    assert [r["loss"] for r in read_log(run_dir)] == pytest.approx(
+        [r["loss"] for r in whole], rel=1e-5
+    )
+    assert saved(run_dir)[-1] == STEPS
+
+
+# Checkpoints
+
+
+def test_the_newest_are_kept_and_the_best(config, whole, whole_dir):
+    at = [r for r in whole if r["step"] % 4 == 0 or r["step"] == STEPS]
+    best = min(at, key=lambda r: r["validation_loss"])["step"]
+    assert saved(whole_dir) == sorted({best, 20, STEPS})
+
+
+def small_state(seed):
+    values = np.random.default_rng(seed).normal(size=(64, 32)).astype(np.float32)
+    moments = {"w": jnp.asarray(values) * 2, "zeros": jnp.zeros(16)}
+    return TrainState({"w": jnp.asarray(values)}, (jnp.int32(seed), moments))
+
+
+def numbers():
+    data = grain.MapDataset.range(1000).shuffle(3).repeat().batch(4)
+    return iter(data.to_iter_dataset())
+
+
+def like(state):
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        ),
+        state,
+    )
+
+
+LIKE = like(small_state(0))
+
+
+def test_the_best_is_kept_however_old(tmp_path):
+    there = tmp_path / "checkpoints"
+    there.mkdir()
+    checkpoints, batches = Checkpoints(there, 1), numbers()
+    kept, losses = [], {}
+    for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5, 0.5, 4.0], 1):
+        checkpoints.save(step, small_state(step), batches, loss)
+        checkpoints.close()
+        kept.append(saved(tmp_path))
+        if loss is not None:
+            losses[step] = loss
+        checkpoints = Checkpoints(there, 1, losses)
+    checkpoints.close()
+    assert kept == [[1], [2], [2, 3], [2, 4], [2, 5], [6], [6, 7]]
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("three")
+    checkpoints, batches = Checkpoints(directory / "checkpoints", 3), numbers()
+    for step in (1, 2, 3):
+        next(batches)
+        checkpoints.save(step, small_state(step), batches, float(step))
+    checkpoints.close()
+    return directory
+
+
+def restore(directory):
+    """Restores the newest, and says which it is after it has looked at the contents."""
+    batches = numbers()
+    checkpoints = Checkpoints(directory / "checkpoints", 3)
+    step, state = checkpoints.restore(LIKE, batches)
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, state, small_state(step))
+    expected = numbers()
+    for _ in range(step):
+        next(expected)
+    np.testing.assert_array_equal(next(batches), next(expected))
+    return step
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, Path.unlink], ids=lambda damage: damage.__name__
+)
+def test_damage_to_any_file_is_found_or_does_not_matter(
+    damage, three_checkpoints, tmp_path, capsys
+):
+    newest = three_checkpoints / "checkpoints" / "3"
+    files = [f.relative_to(newest) for f in sorted(newest.rglob("*")) if f.is_file()]
+    found = []
+    for i, file in enumerate(files):
+        if file.match("metrics/metrics"):
+            continue
+        directory = shutil.copytree(three_checkpoints, tmp_path / str(i))
+        damage(directory / "checkpoints" / "3" / file)
+        step = restore(directory)
+        said = capsys.readouterr().out
+        if step == 3:
+            assert "damaged" not in said
+            continue
+        found.append(file)
+        assert step == 2
+        assert (
+            f"The checkpoint of step 3 is damaged and is moved to {directory}" in said
+        )
+        assert saved(directory) == [1, 2]
+        assert [d.name for d in (directory / "damaged_checkpoints").iterdir()] == ["3"]
+    needed = {"checksum/metadata", "data/process_0-of-1.json", "state/_METADATA"}
+    large = largest_file(newest).relative_to(newest)
+    assert {Path(name) for name in needed} | {large} <= set(found)
+
+
+def damage_largest(checkpoint):
+    flip(largest_file(checkpoint))
+
+
+def damage_json(checkpoint):
+    empty(checkpoint / "state" / "_METADATA")
+
+
+@pytest.mark.parametrize("damage", [damage_largest, damage_json])
+def test_a_run_goes_on_from_the_checkpoint_before(
+    damage, config, run_dir, whole, capsys
+):
+    damage(run_dir / "checkpoints" / "13")
+    records = train(config, run_dir)
+    assert records == whole
+    assert read_log(run_dir) == whole
+    said = capsys.readouterr().out
+    assert f"step 13 is damaged and is moved to {run_dir}/damaged_checkpoints" in said
+    assert (run_dir / "damaged_checkpoints" / "13" / "state").is_dir()
+
+
+def test_a_run_without_a_whole_checkpoint_says_so(config, run_dir, capsys):
+    steps = saved(run_dir)
+    assert len(steps) > 1
+    for step in steps:
+        damage_largest(run_dir / "checkpoints" / str(step))
+    with pytest.raises(
+        InputError, match=r"run_dir: none of the checkpoints in .* is wh"
+    ):
+        next(training(config, run_dir))
+    assert capsys.readouterr().out.count("is damaged and is moved") == len(steps)
+    assert saved(run_dir) == []
+    assert len(read_log(run_dir)) == STOPPED
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(config, run_dir):
+    for step in saved(run_dir):
+        damage_largest(run_dir / "checkpoints" / str(step))
+    for _ in range(2):
+        with pytest.raises(InputError, match="run_dir: none of the checkpoints in"):
+            next(training(config, run_dir))
+    assert len(read_log(run_dir)) == STOPPED
+
+
+def test_a_run_of_another_number_of_processes(config, run_dir):
+    steps = saved(run_dir)
+    for file in run_dir.glob("checkpoints/*/data/process_0-of-1.json"):
+        shutil.copy(file, file.with_stem("process_1-of-2"))
+        file.rename(file.with_stem("process_0-of-2"))
+    with pytest.raises(
+        InputError, match=r"run_dir: .* those of 2 processes, and there a"
+    ):
+        next(training(config, run_dir))
+    assert saved(run_dir) == steps
+
+
+ARRAYS = {
+    "float32": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4),
+    "int32": np.arange(-3, 4, dtype=np.int32),
+    "bfloat16": np.asarray(jnp.linspace(-1, 1, 5, dtype=jnp.bfloat16)),
+    "scalar": np.int32(7),
+}
+
+
+@given(st.sampled_from(sorted(ARRAYS)), st.integers(0, 2**16))
+def test_a_checksum_sees_any_bit(name, place):
+    data = bytearray(np.asarray(ARRAYS[name]).tobytes())
+    place %= 8 * len(data)
+    data[place // 8] ^= 1 << place % 8
+    like = np.asarray(ARRAYS[name])
+    flipped = np.frombuffer(data, like.dtype).reshape(like.shape)
+    assert checksum({**ARRAYS, name: flipped}) != checksum(ARRAYS)
+
+
+def test_the_size_of_a_checkpoint(config):
+    state = init_state(MODEL, make_optimizer(config.optimizer, STEPS), 0)
+    assert size(state) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+# Directories
+
+
+def test_a_directory_of_a_run_with_other_settings(config, run_dir):
+    before = sorted(run_dir.rglob("*"))
+    other = replace(
+        config,
+        seed=1,
+        optimizer=replace(config.optimizer, b1=0.8),
+        data=replace(config.data, batch_size=16),
+    )
+    with pytest.raises(
+        InputError, match=r"run with other settings \(b1, batch_size, seed\); choose"
+    ):
+        next(training(other, run_dir))
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_a_directory_that_holds_something_else(config, tmp_path):
+    (tmp_path / "letter.txt").write_text("Dear reader")
+    with pytest.raises(InputError, match="is not empty and holds no run; choose anoth"):
+        next(training(config, tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_directory_that_cannot_be_made(config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"run_dir: cannot make .*run \(Not a direc"):
+        next(training(config, tmp_path / "file" / "run"))
+
+
+def test_a_configuration_that_cannot_be_read(config, run_dir):
+    empty(run_dir / "config.json")
+    with pytest.raises(
+        InputError, match=r"config.json is not the configuration of a r"
+    ):
+        next(training(config, run_dir))
+
+
+def test_a_mesh_or_a_setting_that_does_not_fit_leaves_nothing_behind(config, tmp_path):
+    optimizer = OptimizerConfig(optimizer="sgd", learning_rate=1.0, b2=0.5)
+    for wrong in (
+        replace(config, mesh=(3, 3, 1)),
+        replace(config, optimizer=optimizer),
+    ):
+        with pytest.raises(InputError):
+            next(training(wrong, tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_when_it_begins_begins_again(config, whole, tmp_path, monkeypatch):
+    """Its configuration is there as a whole, or not at all."""
+    run_dir = tmp_path / "run"
+    write_text = Path.write_text
+
+    def killed(path, text):
+        write_text(path, text[:10])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            next(training(config, run_dir))
+    assert train(config, run_dir) == whole
+
+
+# Disks
+
+
+class Began(Exception):
+    """Raised where the training begins."""
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_disk_needs_room_for_all_checkpoints(missing, config, tmp_path, monkeypatch):
+    def begin(*_):
+        raise Began
+
+    usage = namedtuple("usage", ["free"])
+    state = init_state(MODEL, make_optimizer(config.optimizer, STEPS), 0)
+    # The two newest, the best, and the one that is being written.
+    free = 4 * size(state) - missing
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free))
+    monkeypatch.setattr(loop, "make_state", begin)
+    if missing:
+        with pytest.raises(
+            InputError, match=r"run_dir: 4 checkpoints of 0.0 GB do not"
+        ):
+            next(training(config, tmp_path / "run"))
+    else:
+        with pytest.raises(Began):
+            next(training(config, tmp_path / "run"))
+
+
+def test_a_disk_with_the_checkpoints_on_it_needs_less(config, run_dir, monkeypatch):
+    usage = namedtuple("usage", ["free"])
+    files = [f for f in (run_dir / "checkpoints").rglob("*") if f.is_file()]
+    used = sum(f.stat().st_size for f in files)
+    state = init_state(MODEL, make_optimizer(config.optimizer, STEPS), 0)
+    assert used > size(state)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(4 * size(state) - used))
+    assert len(next(training(config, run_dir))) == STOPPED
+
+
+def command_line(config, run_dir, tmp_path):
+    file = tmp_path / "options.json"
+    file.write_text(to_json(config))
+    return ["--config-file", str(file), "--run-dir", str(run_dir)]
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_for_tensorstore(*_):
+    reason = os.strerror(errno.ENOSPC)
+    raise ValueError(
+        f"Failed to write 56367 bytes to file 23: {reason} [os_error_co..."
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "replacement"),
+    [(log, "_sync", full), (Checkpoints, "save", full_for_tensorstore)],
+    ids=["log", "checkpoint"],
+)
+def test_a_disk_that_is_full_ends_a_run_which_then_goes_on(
+    where, name, replacement, config, run_dir, whole, tmp_path, monkeypatch
+):
+    compiled = loop.compile_programs
+
+    def fill(*arguments):
+        monkeypatch.setattr(where, name, replacement)
+        return compiled(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "compile_programs", fill)
+        with pytest.raises(
+            SystemExit, match=r"^error: there is no space left on the disk"
+        ):
+            run_training_command(program.train, command_line(config, run_dir, tmp_path))
+    monkeypatch.undo()
+    assert train(config, run_dir) == whole
+
+
+def test_an_error_in_writing_a_checkpoint_is_not_lost(config, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(ValueError, match="File too large"):
+            list(training(config, run_dir))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert train(config, run_dir) == whole
+
+
+# Divergence
+
+
+def test_a_run_that_diverges_ends_and_stays_so(config, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    hot = replace(config, optimizer=OptimizerConfig(learning_rate=1e30))
+    arguments = command_line(hot, run_dir, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_training_command(program.train, arguments)
+    records = log.read(run_dir)
+    assert records[-1].pop("diverged") is True
+    step = records[-1]["step"]
+    said = f"error: the loss is not finite at step {step}; a lower --learning-rate may "
+    assert ended.value.code == f"{said}help"
+    assert [r["step"] for r in records] == [*range(1, step + 1)]
+    assert all(r["loss"] is not None and "diverged" not in r for r in records[:-1])
+    assert step not in saved(run_dir)
+    monkeypatch.delattr(loop, "load_run_data")
+    with pytest.raises(SystemExit) as again:
+        run_training_command(program.train, arguments)
+    assert again.value.code == ended.value.code
+
+
+def test_a_validation_loss_that_is_not_finite_is_divergence(
+    config, whole, tmp_path, monkeypatch
+):
+    compiled = loop.compile_programs
+
+    def broken(*arguments):
+        return compiled(*arguments)._replace(evaluate=lambda *_: jnp.float32(np.nan))
+
+    monkeypatch.setattr(loop, "compile_programs", broken)
+    arguments = command_line(config, tmp_path / "run", tmp_path)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="the loss is not finite at step 2;"):
+            run_training_command(program.train, arguments)
+        *before, last = read_log(tmp_path / "run")
+        assert before == whole[:1]
+        assert last["diverged"]
+        assert last["loss"] == whole[1]["loss"]
+        assert json.loads(json.dumps(last["validation_loss"])) is None
+    assert saved(tmp_path / "run") == []

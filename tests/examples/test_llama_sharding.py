@@ -1,0 +1,706 @@
+"""Eight simulated devices and two processes train a Llama as one device does."""
+
+import re
+import socket
+from dataclasses import replace
+from functools import partial
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+for _module in ("grain", "orbax.checkpoint", "tensorboardX", "tokenizers", "tyro"):
+    pytest.importorskip(_module, reason="needs the extra [examples]")
+
+# ruff: noqa: E402
+
+import optax_cautious
+from examples.llama import loop, step
+from examples.llama.checkpoint import checksum
+from examples.llama.config import (
+    DataConfig,
+    InputError,
+    OptimizerConfig,
+    OptimizerName,
+    TrainConfig,
+    base_name,
+)
+from examples.llama.optimizer import make_optimizer, make_schedule, per_layer
+from examples.llama.sharding import BATCH, make_mesh, shardings, specs
+from examples.llama.step import mean_gradient
+from tests.examples.llama_fixtures import (
+    MODEL,
+    Command,
+    little_compilation,
+    read_log,
+    train,
+    write_documents,
+)
+
+CONFIG = TrainConfig(
+    model=MODEL,
+    data=DataConfig(sequence_length=16, batch_size=8),
+    optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1),
+    steps=20,
+    mesh=(1, 1, 1),
+)
+MESHES = ((1, 4, 2), (2, 2, 2), (8, 1, 1), (1, 8, 1))
+LEARNING_RATES = {"adamw": 1e-2, "cautious_adamw": 1e-2, "cautious_lion": 1e-3}
+NAMES = get_args(OptimizerName)
+
+# Ten times what is seen of rounding, and a thousandth of what is seen of an error.
+TOLERANCE = 5e-6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("compiled")
+    with little_compilation(directory):
+        yield directory
+
+
+def with_optimizer(name, **changes):
+    rate = LEARNING_RATES.get(name, 1e-2)
+    optimizer = replace(CONFIG.optimizer, optimizer=name, learning_rate=rate)
+    return replace(CONFIG, optimizer=optimizer, **changes)
+
+
+def walks():
+    """Batches of windows in which the next token can be guessed from the one before."""
+    generator = np.random.default_rng(0)
+    shape = CONFIG.steps, CONFIG.data.batch_size, CONFIG.data.sequence_length + 1
+    steps = generator.integers(0, 3, shape).cumsum(axis=-1)
+    starts = generator.integers(0, MODEL.vocab_size, shape[:2])[..., None]
+    return ((starts + steps) % MODEL.vocab_size).astype(np.uint16)
+
+
+def trajectory(config):
+    """Trains on a mesh, and returns loss and gradient norm of each step."""
+    mesh = make_mesh(config)
+    tx = make_optimizer(config.optimizer, config.steps)
+    state = loop.make_state(config, tx, mesh)
+    batches = [jax.device_put(b, NamedSharding(mesh, P(BATCH))) for b in walks()]
+    train_step = loop.lower_train_step(config, tx, mesh, batches[0]).compile()
+    measured = []
+    for batch in batches:
+        state, step_measured = train_step(state, batch)
+        measured.append(step_measured)
+    return np.array(jax.device_get(measured))
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    found = {}
+
+    def make(name):
+        if name not in found:
+            found[name] = trajectory(with_optimizer(name))
+        return found[name]
+
+    return make
+
+
+# Trajectories
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        *(("cautious_adamw", mesh) for mesh in MESHES),
+        *(("cautious_lion", mesh) for mesh in MESHES[:2]),
+        *(("adamw", mesh) for mesh in MESHES[:2]),
+    ],
+)
+def test_a_mesh_trains_as_one_device(name, mesh, on_one_device):
+    losses = on_one_device(name)[:, 0]
+    assert losses[-1] < losses[0] - 0.1
+    measured = trajectory(with_optimizer(name, mesh=mesh))
+    np.testing.assert_allclose(measured, on_one_device(name), rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["cautious_adamw", "cautious_lion"])
+def test_a_share_of_the_gradient_that_is_lost_shows(name, on_one_device, monkeypatch):
+    """The tolerance above is not too large."""
+
+    def mean_gradient_of_most(graphdef, params, tokens, parts):
+        loss, _ = mean_gradient(graphdef, params, tokens, parts)
+        return loss, mean_gradient(graphdef, params, tokens[:-1], parts)[1]
+
+    expected = on_one_device(name)[:, 0]
+    monkeypatch.setattr(step, "mean_gradient", mean_gradient_of_most)
+    error = trajectory(with_optimizer(name))[:, 0] / expected - 1
+    assert np.abs(error).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accumulate": 4},
+        {"accumulate": 2, "mesh": (2, 2, 2)},
+        {"model": replace(MODEL, remat=True)},
+        {"model": replace(MODEL, unroll=2)},
+        {"model": replace(MODEL, remat=True, unroll=2), "mesh": (1, 4, 2)},
+    ],
+    ids=["accumulate", "accumulate on a mesh", "remat", "unroll", "remat on a mesh"],
+)
+def test_what_saves_memory_or_time_changes_nothing(changes, on_one_device):
+    config = with_optimizer("cautious_adamw", **changes)
+    expected = on_one_device("cautious_adamw")
+    np.testing.assert_allclose(trajectory(config), expected, rtol=TOLERANCE)
+
+
+def test_recomputing_saves_memory():
+    """Of the layers' activations, only their inputs are kept."""
+
+    def temporaries(remat):
+        model = replace(MODEL, num_layers=8, remat=remat)
+        config = with_optimizer("sgd", model=model)
+        mesh, tx = make_mesh(config), make_optimizer(config.optimizer, config.steps)
+        compiled = loop.lower_train_step(config, tx, mesh, walks()[0]).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(True) < 0.5 * temporaries(False)
+
+
+# Layout
+
+# Shapes on one of the devices of the mesh (2, 2, 2): fsdp and tensor split in two each.
+SHARDS = {
+    "embedding": (152, 16),
+    "query": (2, 16, 16),
+    "key": (2, 16, 8),
+    "value": (2, 16, 8),
+    "output": (2, 16, 16),
+    "gate": (2, 16, 24),
+    "up": (2, 16, 24),
+    "down": (2, 24, 16),
+    "logits": (16, 152),
+    "attention_norm": (2, 32),
+    "feed_forward_norm": (2, 32),
+    "norm": (32,),
+}
+
+
+def holder(path):
+    """The name of the module of a parameter, or of what is kept for it."""
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return next((name for name in reversed(names) if name in SHARDS), None)
+
+
+def shard_shapes(tree):
+    return [
+        (holder(path), leaf.addressable_shards[0].data.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def test_parameters_and_what_is_kept_for_them_are_split():
+    config = replace(CONFIG, mesh=(2, 2, 2))
+    mesh, tx = make_mesh(config), make_optimizer(config.optimizer, config.steps)
+    state = loop.make_state(config, tx, mesh)
+    batch = jax.device_put(walks()[0], NamedSharding(mesh, P(BATCH)))
+    assert batch.addressable_shards[0].data.shape == (2, 17)
+    train_step = loop.lower_train_step(config, tx, mesh, batch).compile()
+    for _ in range(2):
+        assert sorted(shard_shapes(state.params)) == sorted(SHARDS.items())
+        kept = [found for found in shard_shapes(state.opt_state) if found[0]]
+        assert sorted(kept) == sorted([*SHARDS.items()] * 2)
+        state, _ = train_step(state, batch)
+
+
+def test_gradients_are_split_as_the_parameters_and_those_of_one_device():
+    """The sum over the devices ends where the optimizer needs it."""
+    params = step.init_state(MODEL, optax.identity(), 0).params
+    graphdef = step.make_graphdef(MODEL)
+
+    def gradient(mesh):
+        layout = shardings(params, mesh)
+        tokens = jax.device_put(walks()[0], NamedSharding(mesh, P(BATCH)))
+        with jax.set_mesh(mesh):
+            take = jax.jit(
+                lambda params, tokens: mean_gradient(graphdef, params, tokens, 1)
+            )
+            return take(jax.device_put(params, layout), tokens)
+
+    loss, expected = gradient(make_mesh(CONFIG))
+    for shape in MESHES[:2]:
+        mesh = make_mesh(replace(CONFIG, mesh=shape))
+        loss_there, grads = gradient(mesh)
+        np.testing.assert_allclose(loss_there, loss, rtol=1e-6)
+        for (path, grad), leaf, sharding in zip(
+            jax.tree_util.tree_leaves_with_path(grads),
+            jax.tree.leaves(expected),
+            jax.tree.leaves(shardings(params, mesh)),
+            strict=True,
+        ):
+            scale = float(jnp.abs(leaf).max())
+            np.testing.assert_allclose(grad, leaf, atol=2e-6 * scale, err_msg=str(path))
+            assert grad.sharding.is_equivalent_to(sharding, grad.ndim), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_any_optimizer_keeps_of_a_matrix_is_split_like_it(name):
+    tx = make_optimizer(with_optimizer(name).optimizer, CONFIG.steps)
+    state = jax.eval_shape(lambda: step.init_state(MODEL, tx, 0))
+    split = {
+        holder(path): (leaf.shape, spec)
+        for (path, leaf), spec in zip(
+            jax.tree_util.tree_leaves_with_path(state.params),
+            jax.tree.leaves(specs(state.params), is_leaf=lambda x: isinstance(x, P)),
+            strict=True,
+        )
+    }
+    kept = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    their_specs = jax.tree.leaves(
+        specs(state.opt_state), is_leaf=lambda x: isinstance(x, P)
+    )
+    large = 0
+    for (path, leaf), spec in zip(kept, their_specs, strict=True):
+        if leaf.size >= MODEL.hidden_size**2 / 2:
+            large += 1
+            assert (leaf.shape, spec) == split[holder(path)], path
+        else:
+            assert spec == P()
+    assert large >= len(SHARDS) - 3
+
+
+def test_no_device_holds_the_activations_of_all_sequences():
+    """A batch stays split, whichever way its embeddings and their gradient go."""
+    config = with_optimizer("sgd", mesh=(2, 2, 2))
+    mesh, tx = make_mesh(config), make_optimizer(config.optimizer, config.steps)
+    batch = jax.device_put(walks()[0], NamedSharding(mesh, P(BATCH)))
+    program = loop.lower_train_step(config, tx, mesh, batch).compile().as_text()
+    assert re.search(r"f32\[2,16,32\]", program)
+    assert not re.search(r"f32\[(8,16|128),\d+\]", program)
+
+
+def test_a_checksum_is_the_same_on_any_mesh():
+    params = step.init_state(MODEL, optax.identity(), 0).params
+    sums = {
+        int(checksum(jax.device_put(params, shardings(params, make_mesh(config)))))
+        for config in (replace(CONFIG, mesh=mesh) for mesh in ((1, 1, 1), *MESHES))
+    }
+    assert sums == {int(checksum(params))}
+
+
+# Layers
+
+# As the parameters of a model of two layers, but fewer and smaller.
+PARAMS = {
+    "blocks": {
+        "query": {"kernel": jax.random.normal(jax.random.key(0), (2, 8, 6))},
+        "attention_norm": {"scale": jax.random.normal(jax.random.key(1), (2, 8))},
+    },
+    "embedding": {"embedding": jax.random.normal(jax.random.key(2), (9, 8))},
+    "logits": {"kernel": jax.random.normal(jax.random.key(3), (8, 9))},
+}
+DECAYS = {
+    "blocks": {"query": {"kernel": True}, "attention_norm": {"scale": False}},
+    "embedding": {"embedding": False},
+    "logits": {"kernel": True},
+}
+STEPS = 4
+GRADIENTS = jax.tree.map(
+    lambda leaf: jax.random.normal(jax.random.key(leaf.size), (STEPS, *leaf.shape)),
+    PARAMS,
+)
+# Of tokens that are not in a batch, the gradient is zero.
+GRADIENTS["embedding"]["embedding"] = (
+    GRADIENTS["embedding"]["embedding"].at[:, :3].set(0.0).at[1:, 3:5].set(0.0)
+)
+LAYERWISE = {
+    "adamw": optax.adamw(1.0),
+    "cautious_adamw": optax_cautious.cautious_adamw(1.0),
+    "cautious_adamw of trees": optax_cautious.cautious_adamw(1.0, alignment="tree"),
+    "cautious_lion": optax_cautious.cautious_lion(1.0),
+    "cautious_muon": optax_cautious.cautious_muon(1.0),
+    "cautious_adafactor": optax_cautious.cautious_adafactor(
+        1.0, momentum=0.9, min_dim_size_to_factor=4
+    ),
+    "cautious_lamb": optax_cautious.with_caution(optax.lamb(1.0)),
+}
+LIKE_ONE_LEAF = {"adamw", "cautious_muon", "cautious_adamw of trees"}
+
+
+@partial(jax.jit, static_argnums=0)
+def descend(tx, params, gradients):
+    """Applies the updates of stacked gradients, and returns both."""
+
+    def one(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    (params, _), updates = jax.lax.scan(one, (params, tx.init(params)), gradients)
+    return params, updates
+
+
+def close(a, b, rtol=1e-5, atol=1e-7):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b
+    )
+
+
+def layer(tree, i, axis=0):
+    return jax.tree.map(lambda leaf: leaf.take(i, axis), tree)
+
+
+def as_list(tree, axis=0):
+    """Takes the stack of layers apart."""
+    return {**tree, "blocks": [layer(tree["blocks"], i, axis) for i in range(2)]}
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_each_layer_is_optimized_for_itself(name):
+    tx = LAYERWISE[name]
+    params, updates = descend(per_layer(tx, tx), PARAMS, GRADIENTS)
+    for i in range(2):
+        alone = descend(
+            tx, layer(PARAMS["blocks"], i), layer(GRADIENTS["blocks"], i, axis=1)
+        )
+        there = layer(params["blocks"], i), layer(updates["blocks"], i, axis=1)
+        close(there, alone, rtol=1e-3, atol=1e-5)
+    names = "embedding", "logits"
+    rest, rest_gradients = ({n: tree[n] for n in names} for tree in (PARAMS, GRADIENTS))
+    alone, _ = descend(tx, rest, rest_gradients)
+    close({n: params[n] for n in names}, alone)
+    if name not in LIKE_ONE_LEAF:
+        whole, _ = descend(tx, PARAMS, GRADIENTS)
+        ours, theirs = (p["blocks"]["query"]["kernel"] for p in (params, whole))
+        assert not np.allclose(ours, theirs, rtol=1e-2)
+
+
+def test_the_layers_share_a_step_count():
+    tx = optax.adamw(1.0)
+    state = per_layer(tx, tx).init(PARAMS)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.blocks)}
+    assert shapes == {(), (2, 8, 6), (2, 8)}
+    _, state = per_layer(tx, tx).update(PARAMS, state, PARAMS)
+    assert {leaf.shape for leaf in jax.tree.leaves(state.blocks)} == shapes
+    assert int(optax.tree.get(state.blocks, "count")) == 1
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_takes_finite_steps(name):
+    config = OptimizerConfig(optimizer=name, learning_rate=1e-2, warmup_fraction=0.0)
+    params, updates = descend(make_optimizer(config, 100), PARAMS, GRADIENTS)
+    for old, new in zip(jax.tree.leaves(PARAMS), jax.tree.leaves(params)):
+        assert np.isfinite(new).all()
+        assert (new != old).mean() > 0.3
+    if name != base_name(name):
+        for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(GRADIENTS)):
+            assert (u * g <= 0).all()
+
+
+DECAY = {"weight_decay": 0.1}
+BETAS = {"b1": 0.8, "b2": 0.5, "eps": 1e-3}
+
+
+def constructed(name, schedule, **options):
+    """Makes an optimizer as one does without the program."""
+    match name:
+        case "adamw":
+            return optax.adamw(schedule, **options)
+        case "cautious_adamw":
+            return optax_cautious.cautious_adamw(schedule, **options)
+        case "cautious_lion":
+            return optax_cautious.cautious_lion(schedule, **options)
+        case "cautious_nadamw":  # In which decay would be masked.
+            own = {k: options.pop(k) for k in ("b1", "b2", "eps") if k in options}
+            base = optax.nadamw(schedule, weight_decay=0.0, **own)
+            assert options.pop("weight_decay") == 0.0
+            del options["mask"]
+            return optax_cautious.with_caution(base, **options)
+        case "sgd":
+            decay = optax.add_decayed_weights(**options)
+            rate = optax.scale_by_learning_rate(schedule)
+            return optax.chain(optax.trace(0.9), decay, rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(
+            (name, DECAY)
+            for name in ("adamw", "cautious_adamw", "cautious_lion", "sgd")
+        ),
+        ("adamw", BETAS),
+        ("cautious_nadamw", BETAS),
+        ("cautious_adamw", {"opposed_weight": 0.5, "min_fraction": 0.9}),
+        ("cautious_adamw", {"renormalize": "none"}),
+        ("cautious_nadamw", {"renormalize": "paper"}),
+        ("cautious_nadamw", {"alignment": "tensor"}),
+    ],
+)
+def test_an_optimizer_is_that_of_its_package(name, options):
+    """Behind the clipping, with the schedule, and with decay of the matrices."""
+    options = {"weight_decay": 0.0, **options}
+    config = OptimizerConfig(
+        optimizer=name, learning_rate=1e-2, max_grad_norm=0.5, **options
+    )
+    ours = descend(make_optimizer(config, STEPS), PARAMS, GRADIENTS)
+    mask = {**DECAYS, "blocks": [DECAYS["blocks"]] * 2}
+    tx = constructed(name, make_schedule(config, STEPS), mask=mask, **options)
+    tx = optax.chain(optax.clip_by_global_norm(0.5), tx)
+    theirs = descend(tx, as_list(PARAMS), as_list(GRADIENTS, axis=1))
+    close((as_list(ours[0]), as_list(ours[1], axis=1)), theirs)
+
+
+@pytest.mark.parametrize("name", ["cautious_adamw", "cautious_muon", "cautious_nadamw"])
+def test_decay_is_never_masked(name):
+    config = OptimizerConfig(
+        optimizer=name, learning_rate=0.5, warmup_fraction=0.0, final_fraction=1.0
+    )
+
+    def last_update(weight_decay):
+        tx = make_optimizer(replace(config, weight_decay=weight_decay), STEPS)
+
+        def at_the_same_params(state, grads):
+            updates, state = tx.update(grads, state, PARAMS)
+            return state, updates
+
+        scan = jax.jit(
+            lambda: jax.lax.scan(at_the_same_params, tx.init(PARAMS), GRADIENTS)
+        )
+        return layer(scan()[1], -1)
+
+    without, decayed = map(last_update, (0.0, 0.1))
+    close(
+        decayed,
+        jax.tree.map(
+            lambda u, p, decays: u - 0.05 * p * decays, without, PARAMS, DECAYS
+        ),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    masked = without["logits"]["kernel"] == 0
+    assert 0 < masked.mean() < 1
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    config = OptimizerConfig(
+        learning_rate=2.0, warmup_fraction=0.25, final_fraction=0.05
+    )
+    schedule = make_schedule(config, 40)
+    rates = [float(schedule(i)) for i in range(41)]
+    np.testing.assert_allclose(rates[:11], np.linspace(0, 2, 11), atol=1e-6)
+    cosine = 0.05 + 0.95 * (1 + np.cos(np.pi * np.arange(31) / 30)) / 2
+    np.testing.assert_allclose(rates[10:], 2 * cosine, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cautious_adamw", "cautious_nadamw", "cautious_muon"])
+def test_an_embedding_that_is_exempt_is_the_optimizers_without_caution(name):
+    def all_updates(**options):
+        # Of Muon, everything outside the blocks is AdamW's.
+        config = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.0, **options)
+        return descend(make_optimizer(config, STEPS), PARAMS, GRADIENTS)[1]
+
+    exempt = all_updates(optimizer=name, exempt_embedding=True)
+    plain = all_updates(optimizer=base_name(name))
+    cautious = all_updates(optimizer=name)
+    close(exempt["embedding"], plain["embedding"])
+    for part in ("logits", "blocks"):
+        close(exempt[part], cautious[part])
+        zeros = [(leaf == 0).any() for leaf in jax.tree.leaves(exempt[part])]
+        assert any(zeros)
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon", "adafactor"])
+def test_b1_goes_by_the_optimizers_own_name(name):
+    def last_update(b1):
+        config = OptimizerConfig(optimizer=name, learning_rate=1.0, b1=b1)
+        _, updates = descend(make_optimizer(config, STEPS), PARAMS, GRADIENTS)
+        return updates["blocks"]["query"]["kernel"][-1]
+
+    assert not np.allclose(last_update(0.1), last_update(0.99), rtol=0.1)
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh", "message"),
+    [
+        ({}, (3, 3, 1), "mesh: 3 x 3 x 1 are 9 devices, and there are 8"),
+        (
+            {},
+            (3, 1, 1),
+            r"batch_size: 8 sequences .* do not divide among the 3 x 1 dev",
+        ),
+        ({"accumulate": 4}, (2, 2, 1), r"batch_size: 2 sequences .* among the 2 x 2"),
+        ({"num_kv_heads": 1}, (1, 1, 2), r"tensor \(2\) does not divide num_kv_heads"),
+        ({"num_kv_heads": 4}, (1, 1, 8), r"tensor \(8\) does not divide num_heads \(4"),
+        (
+            {"intermediate_size": 47},
+            (1, 1, 2),
+            r"not divide intermediate_size \(47\); ",
+        ),
+        (
+            {"vocab_size": 301},
+            (1, 1, 2),
+            r"not divide vocab_size \(301\).*--vocab-size",
+        ),
+        (
+            {"hidden_size": 36, "num_heads": 2},
+            (1, 8, 1),
+            r"the axis fsdp \(8\) does not divide hidden_size \(36\)",
+        ),
+        ({"hidden_size": 36, "num_heads": 2}, None, r"fsdp \(8\) does not divide hidd"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(changes, mesh, message):
+    top = {name: changes[name] for name in changes if hasattr(CONFIG, name)}
+    model = {name: changes[name] for name in changes if hasattr(MODEL, name)}
+    config = replace(CONFIG, model=replace(MODEL, **model), mesh=mesh, **top)
+    with pytest.raises(InputError, match=message):
+        make_mesh(config)
+
+
+def test_processes_use_all_their_devices(monkeypatch):
+    assert make_mesh(replace(CONFIG, mesh=(1, 2, 2))).size == 4
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="4 devices, and the processes have 8: use th"):
+        make_mesh(replace(CONFIG, mesh=(1, 2, 2)))
+
+
+def test_devices_are_those_given():
+    last = jax.devices()[-4:]
+    mesh = make_mesh(replace(CONFIG, mesh=None), last)
+    assert set(mesh.devices.flat) == set(last)
+    assert mesh.shape == {"data": 1, "fsdp": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sgd", {"b2": 0.9}, "b2: sgd has no such setting"),
+        ("cautious_sgd", {"eps": 1e-8}, "eps: cautious_sgd has no such setting"),
+        ("cautious_lion", {"eps": 1e-8}, "eps: cautious_lion has no such setting"),
+        ("adan", {"max_grad_norm": 0.0}, "max_grad_norm is 0.0: it has to be above 0"),
+        (
+            "muon",
+            {"learning_rate": None},
+            "learning_rate: there is no default for muon",
+        ),
+        (
+            "adamw",
+            {"opposed_weight": 0.1},
+            "opposed_weight: adamw has no caution; choo",
+        ),
+        ("lamb", {"exempt_embedding": True}, "exempt_embedding: lamb has no .*_lamb$"),
+        ("adam", {}, "optimizer is 'adam': choose one of adamw, cautious_adamw, lion"),
+    ],
+)
+def test_an_optimizer_without_that_setting(name, options, message):
+    with pytest.raises(InputError, match=message):
+        make_optimizer(
+            OptimizerConfig(**{"optimizer": name, "learning_rate": 1.0, **options}), 10
+        )
+
+
+# Processes
+
+# Steps take a while from the sixth on, at which the signal comes, as it is looked for
+# once a second only.
+_PREEMPTED = """
+import os, runpy, signal, sys, time
+import jax
+from jax.experimental import multihost_utils
+look = multihost_utils.reached_preemption_sync_point
+def slow_look(step):
+    if step == 6 and jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2 if step >= 6 else 0)
+    return look(step)
+multihost_utils.reached_preemption_sync_point = slow_look
+runpy.run_module("examples.llama.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def long_config(tmp_path_factory):
+    documents = write_documents(tmp_path_factory.mktemp("documents"))
+    data = replace(
+        CONFIG.data,
+        data=(str(documents),),
+        cache_dir=tmp_path_factory.mktemp("cache"),
+        validation_batches=2,
+    )
+    return replace(
+        CONFIG,
+        data=data,
+        mesh=(2, 2, 2),
+        steps=40,
+        log_every=5,
+        eval_every=5,
+        checkpoint_every=20,
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process(long_config, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "one"
+    return train(long_config, run_dir)
+
+
+def assert_close(records, expected):
+    """Rounding has grown by the fortieth step, but to no more than this."""
+    assert [sorted(r) for r in records] == [sorted(r) for r in expected]
+    for record, other in zip(records, expected):
+        for name, value in other.items():
+            # A coordinate may go along with a gradient that is almost zero, or not.
+            rtol = 0.01 if name == "aligned_fraction" else 1e-3
+            assert record[name] == pytest.approx(value, rel=rtol), (name, record)
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+def test_two_processes_stop_together_and_go_on(
+    long_config, one_process, cache, tmp_path
+):
+    command = Command(long_config, tmp_path, cache)
+    run_dir = tmp_path / "run"
+
+    def both(program):
+        address = f"localhost:{free_port()}"
+        processes = [
+            command.start(
+                run_dir,
+                *("--distributed", "--coordinator", address),
+                *("--num-processes", "2", "--process-id", str(i)),
+                program=program,
+                XLA_FLAGS="--xla_force_host_platform_device_count=4",
+            )
+            for i in range(2)
+        ]
+        ends = [process.finish() for process in processes]
+        assert [code for code, _ in ends] == [0, 0], ends
+        return ends[0][1]
+
+    said = both(("-c", _PREEMPTED))
+    stopped = len(read_log(run_dir))
+    assert 6 <= stopped < 40
+    assert f"Stopped: step {stopped} is saved" in said
+    assert (run_dir / "checkpoints" / str(stopped)).is_dir()
+    both(("-m", "examples.llama.train"))
+    assert_close(read_log(run_dir), one_process)
+
+
+def test_a_run_goes_on_on_another_mesh(long_config, one_process, tmp_path):
+    run_dir = tmp_path / "run"
+    there = replace(long_config, mesh=(1, 1, 1))
+    before = train(there, run_dir, stop=lambda step: step == 12)
+    assert len(before) == 12
+    assert_close(train(long_config, run_dir), one_process)
