@@ -1,9 +1,7 @@
-"""A small Llama, trained as a language model with and without caution.
+"""Llama pretraining on a CPU, a GPU or a slice of TPUs, with and without caution.
 
-``python -m examples.llama.compare`` trains the same model twice, with an optimizer
-and with its cautious version, and reports which learns faster and by how much.
-``python -m examples.llama.train`` trains one model. ``--help`` lists the options.
-
-A step on a CPU under Linux gets faster with ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``
-in the environment: each step takes much fresh memory, and large pages take it sooner.
+``train`` trains one model, ``compare`` several optimizers, ``compile_only`` says what
+a step takes on a slice that is not there, ``generate`` samples text, and ``export``
+writes a model for ``transformers``. Each is a program with its own ``--help``:
+``python -m examples.llama.train --help``. ``docs/llama.md`` has the whole story.
 """

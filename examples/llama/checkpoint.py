@@ -93,7 +93,7 @@ class Checkpoints:
     ) -> Restored | None:
         """Takes the newest checkpoint that is whole.
 
-        One that is not is said to be so, and moved out of the way.
+        Those after it are said to be damaged, and moved out of the way.
 
         Args:
             like: shapes, dtypes and shardings of the state.
@@ -106,34 +106,47 @@ class Checkpoints:
             InputError: if there are checkpoints and none is whole, or they are of
                 another number of processes.
         """
+        damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             self._require_same_processes(step)
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(like),
-                        data=grain.checkpoint.CheckpointRestore(batches),
-                        checksum=ocp.args.JsonRestore(),
-                    ),
-                )
-                if int(checksum(restored["state"])) != restored["checksum"]["state"]:
-                    raise ValueError("its checksum is not that of its contents")
-                return Restored(step, restored["state"])
-            except Exception as error:
-                # Whatever is wrong with files, tensorstore and JSON raise all sorts.
-                reason = str(error).strip().partition("\n")[0].partition(". See")[0]
-                tqdm.write(
-                    f"The checkpoint of step {step} is damaged and is moved to "
-                    f"{self._damaged}: {reason}"
-                )
-                self._set_aside(step)
+            state, reason = self._read(step, like, batches)
+            if state is not None:
+                for other, why in damaged.items():
+                    self._set_aside(other, why)
+                return Restored(step, state)
+            damaged[step] = reason
+        reasons = "; ".join(f"of step {step}: {why}" for step, why in damaged.items())
         require(
-            not self._damaged.exists(),
-            f"run_dir: none of the checkpoints in {self._manager.directory} is whole; "
-            "choose another --run-dir",
+            not damaged,
+            f"run_dir: none of the checkpoints in {self._manager.directory} is whole: "
+            f"{reasons}; choose another --run-dir",
         )
         return None
+
+    def _read(
+        self, step: int, like: TrainState, batches: grain.DatasetIterator[Any]
+    ) -> tuple[TrainState | None, str]:
+        """Reads a checkpoint; if any process cannot, returns why."""
+        state, reason, saved = None, "another process cannot read it", 0
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like),
+                    data=grain.checkpoint.CheckpointRestore(batches),
+                    checksum=ocp.args.JsonRestore(),
+                ),
+            )
+            state, saved = restored["state"], restored["checksum"]["state"]
+        except Exception as error:
+            # Whatever is wrong with files, tensorstore and JSON raise all sorts.
+            reason = str(error).strip().partition("\n")[0].partition(". See")[0]
+        # Together, as the checksum is computed by all.
+        if not _in_all(state is not None):
+            return None, reason
+        if int(checksum(state)) != saved:
+            return None, "its checksum is not that of its contents"
+        return state, ""
 
     def close(self) -> None:
         """Waits until the last checkpoint is written."""
@@ -151,7 +164,11 @@ class Checkpoints:
             f"{jax.process_count()}; start as many, or choose another --run-dir",
         )
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, step: int, reason: str) -> None:
+        tqdm.write(
+            f"The checkpoint of step {step} is damaged and is moved to "
+            f"{self._damaged}: {reason}"
+        )
         if jax.process_index() == 0:
             self._damaged.mkdir(exist_ok=True)
             target = self._damaged / str(step)
@@ -160,6 +177,13 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set aside")
         self._manager.reload()
+
+
+def _in_all(holds: bool) -> bool:
+    """Says whether something holds in all processes."""
+    if jax.process_count() == 1:
+        return holds
+    return bool(multihost_utils.process_allgather(np.array(holds)).all())
 
 
 @jax.jit

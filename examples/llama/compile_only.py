@@ -5,6 +5,7 @@ compiles the very step of ``examples.llama.train`` on this machine's CPU, and pr
 what each device would hold, move and send. Nothing is run. It needs the ``tpu`` extra.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ _COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "s8": 8, "u8": 8, "s32": 32, "u32": 32}
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "u16": 2, "bf16": 2, "f16": 2}
+_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 
 class Collective(NamedTuple):
@@ -86,7 +88,7 @@ def compile_step(
     """Compiles the training step for devices that need not be here."""
     rows, length = config.data.batch_size, config.data.sequence_length
     batch = jax.ShapeDtypeStruct(
-        (rows, length + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH))
+        (rows, length + 1), jnp.uint16, sharding=NamedSharding(mesh, P(BATCH))
     )
     return lower_train_step(config, tx, mesh, batch).compile()
 
@@ -103,37 +105,40 @@ def account(config: TrainConfig, topology: str) -> Account:
         moments=_bytes_per_device(like.opt_state),
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
-        accessed=_accessed(config, tx, mesh, compiled),
+        accessed=_accessed(config, tx, mesh),
         collectives=collectives(str(compiled.as_text())),
     )
 
 
-def _bytes_per_device(tree: Any) -> float:
-    shards = (
-        leaf.dtype.itemsize * jnp.prod(jnp.array(leaf.sharding.shard_shape(leaf.shape)))
+def _bytes_per_device(tree: Any) -> int:
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(tree)
     )
-    return float(sum(shards))
 
 
 def _accessed(
     config: TrainConfig,
     tx: optax.GradientTransformation,
     mesh: Mesh,
-    compiled: jax.stages.Compiled,
 ) -> float:
     """Returns the bytes that a step accesses.
 
     The compiler counts the body of a loop once, however often it runs. The same step
     with two blocks in each iteration tells how much a block is.
     """
-    one: Any = compiled.cost_analysis()
+    one, two = (_cost(config, tx, mesh, unroll) for unroll in (1, 2))
     layers = config.model.num_layers
-    unrolled = replace(config, model=replace(config.model, unroll=2))
-    two: Any = compile_step(unrolled, tx, mesh).cost_analysis()
     # An odd block is outside of the loop.
-    block = (two["bytes accessed"] - one["bytes accessed"]) / (1 + layers % 2)
-    return float(one["bytes accessed"] + (layers - 1) * block)
+    return one + (layers - 1) * (two - one) / (1 + layers % 2)
+
+
+def _cost(
+    config: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh, unroll: int
+) -> float:
+    config = replace(config, model=replace(config.model, unroll=unroll))
+    analysis: Any = compile_step(config, tx, mesh).cost_analysis()
+    return float(analysis["bytes accessed"])
 
 
 def collectives(text: str) -> dict[str, Collective]:
@@ -201,11 +206,8 @@ def _size(shapes: str) -> int:
     """Adds up the bytes of shapes such as bf16[8,128]."""
     total = 0
     for dtype, dimensions in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
-        bits = _BITS.get(dtype, 32)
-        elements = 1
-        for dimension in filter(None, dimensions.split(",")):
-            elements *= int(dimension)
-        total += elements * bits // 8
+        elements = math.prod(map(int, filter(None, dimensions.split(","))))
+        total += elements * _BYTES[dtype]
     return total
 
 
@@ -238,7 +240,8 @@ def compile_only(
         ("parameters", _gib(found.parameters)),
         ("optimizer's state", _gib(found.moments)),
         ("activations, gradients, gathered parameters", _gib(found.temporaries)),
-        ("peak, all together", _gib(found.peak)),
+        ("all of these", _gib(found.parameters + found.moments + found.temporaries)),
+        ("peak, by the compiler", _gib(found.peak)),
         (f"read and written in a step{part}", f"{found.accessed / 1e9:.1f} GB"),
     ]
     print("\n" + markdown_table((f"on each device of {topology}", ""), rows))

@@ -89,6 +89,11 @@ def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def make_directory(name: str, path: Path) -> None:
     """Makes a directory, or raises an ``InputError`` that says why it cannot."""
+    require(
+        ":/" not in str(path),
+        f"{name}: {path} is no directory of this machine; mount the bucket, and give "
+        "the directory where it is",
+    )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -98,7 +103,16 @@ def make_directory(name: str, path: Path) -> None:
 def title(name: str) -> str:
     """Writes an optimizer's name as it stands in a table or a picture."""
     base = base_name(name)
-    written = {"adamw": "AdamW", "sgd": "SGD", "nadamw": "NAdamW", "amsgrad": "AMSGrad"}
+    written = {
+        "adamw": "AdamW",
+        "sgd": "SGD",
+        "nadamw": "NAdamW",
+        "amsgrad": "AMSGrad",
+        "adabelief": "AdaBelief",
+        "lamb": "LAMB",
+        "adopt": "ADOPT",
+        "ademamix": "AdEMAMix",
+    }
     pretty = written.get(base, base.capitalize())
     return pretty if name == base else f"cautious {pretty}"
 
@@ -303,6 +317,8 @@ class OptimizerConfig:
         require_positive("learning_rate", self.peak)
         if self.max_grad_norm is not None:
             require_positive("max_grad_norm", self.max_grad_norm)
+        if self.eps is not None:
+            require_positive("eps", self.eps)
         for name in ("b1", "b2", "warmup_fraction"):
             value = getattr(self, name)
             require(
@@ -310,7 +326,7 @@ class OptimizerConfig:
                 f"{name} is {value}: it has to be at least 0 and below 1",
             )
         require(
-            self.weight_decay >= 0,
+            0 <= self.weight_decay < math.inf,
             f"weight_decay is {self.weight_decay}: it has to be at least 0",
         )
         require(
@@ -368,6 +384,10 @@ class TrainConfig:
             f"checkpoint_every ({self.checkpoint_every}) is not a multiple of "
             f"eval_every ({self.eval_every}): a checkpoint is judged by its validation "
             "loss",
+        )
+        require(
+            self.mesh is None or len(self.mesh) == 3,
+            f"mesh is {self.mesh}: give a size for data, fsdp and tensor",
         )
         for size in self.mesh or ():
             require_positive("mesh", size)

@@ -95,7 +95,7 @@ def read(directory: Path) -> list[Record]:
     if not path.exists():
         return []
     lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    return [_parse(line) for line in lines]
 
 
 def perplexity(loss: float) -> float:
@@ -120,6 +120,11 @@ def utilization(flops_per_second: float, devices: int) -> float | None:
     """Returns the share of the devices' peak, where that is known."""
     peak = _PEAK_FLOPS.get(jax.devices()[0].device_kind)
     return None if peak is None else flops_per_second / (peak * devices)
+
+
+def _parse(line: str) -> Record:
+    values = json.loads(line)
+    return {name: math.nan if v is None else v for name, v in values.items()}
 
 
 def _line(record: Record) -> str:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from examples.llama import log
 from examples.llama.checkpoint import Checkpoints, saved_steps, size
 from examples.llama.config import (
+    InputError,
     TrainConfig,
     from_json,
     make_directory,
@@ -72,41 +73,86 @@ def training(
     """
     mesh = make_mesh(config)
     tx = make_optimizer(config.optimizer, config.steps)
-    records = _open_run(config, run_dir)
+    with together():
+        records = _open_run(config, run_dir)
     if is_over(records, config.steps) and _is_saved(records, run_dir):
         yield records
         return
-    if data is None:
-        data = load_run_data(config)
-    if jax.process_index() == 0:
-        data.tokenizer.save(str(run_dir / TOKENIZER_NAME))
-
     like = state_like(config, tx, mesh)
-    _require_space(run_dir, size(like), config.keep)
+    with together():
+        _require_space(run_dir, size(like), config.keep)
+        if data is None:
+            data = load_run_data(config)
+        _keep_tokenizer(data, run_dir, records)
+
     batches = iter(data.train)
     losses = {
         record["step"]: record["validation_loss"]
         for record in records
-        if record.get("validation_loss") is not None
+        if np.isfinite(record.get("validation_loss", np.nan))
     }
-    checkpoints = Checkpoints(run_dir / CHECKPOINTS_NAME, config.keep, losses)
-    restored = checkpoints.restore(like, batches)
-    if restored is None:
-        step, state = 0, make_state(config, tx, mesh)
-    else:
-        step, state = restored
-    history = log.Log(run_dir, step)
-    if step:
-        yield log.read(run_dir)
+    directory = run_dir / CHECKPOINTS_NAME
+    with closing(Checkpoints(directory, config.keep, losses)) as checkpoints:
+        restored = checkpoints.restore(like, batches)
+        if restored is None:
+            step, state = 0, make_state(config, tx, mesh)
+        else:
+            step, state = restored
+        with together():
+            history = log.Log(run_dir, step)
+        with closing(history):
+            if step:
+                yield log.read(run_dir)
+            batch = _to_devices(next(batches), mesh, P(BATCH))
+            validation = _to_devices(data.validation, mesh, P(None, BATCH))
+            programs = compile_programs(config, tx, mesh, batch, validation)
+            for records, reached, saving in _steps(
+                config, programs, state, step, batch, batches, validation, mesh, stop
+            ):
+                history.write(records)
+                if saving:
+                    last = records[-1]
+                    checkpoints.save(
+                        last["step"], reached, batches, last.get("validation_loss")
+                    )
+                yield records
 
-    batch = _to_devices(next(batches), mesh, P(BATCH))
-    validation = _to_devices(data.validation, mesh, P(None, BATCH))
-    programs = compile_programs(config, tx, mesh, batch, validation)
+
+def _steps(
+    config: TrainConfig,
+    programs: "Programs",
+    state: TrainState,
+    step: int,
+    batch: jax.Array,
+    batches: Iterator[np.ndarray],
+    validation: jax.Array,
+    mesh: Mesh,
+    stop: Callable[[int], bool],
+) -> Iterator[tuple[list[log.Record], TrainState, bool]]:
+    """Takes the steps that are left.
+
+    Args:
+        config: the run.
+        programs: what it computes.
+        state: the state after ``step`` steps.
+        step: how many have been taken.
+        batch: the next batch.
+        batches: those after it.
+        validation: what to evaluate on.
+        mesh: where the batches go.
+        stop: says after a step whether to end.
+
+    Yields:
+        The records since the last time, the state, and whether to save it. The state
+        is used up by the next step.
+    """
     schedule = make_schedule(config.optimizer, config.steps)
     speed = _Speed(config, mesh.size)
     speed.start(step)
     pending: list[tuple[int, Any]] = []
     while step < config.steps:
+        if pending:  # One step ahead at most, so that a signal waits for no more.
+            jax.block_until_ready(pending[-1])
         state, measured = programs.train_step(state, batch)
         step += 1
         pending.append((step, measured))
@@ -122,7 +168,6 @@ def training(
         pending.clear()
         records[-1].update(speed.measure(step))
         finite = all(np.isfinite(record["loss"]) for record in records)
-        validation_loss = None
         if finite and evaluating:
             validation_loss = float(programs.evaluate(state.params, validation))
             finite = bool(np.isfinite(validation_loss))
@@ -133,18 +178,14 @@ def training(
                 aligned_fraction=float(aligned),
             )
         if not finite:
-            records = _until_not_finite(records)
-        history.write(records)
-        if finite and saving:
-            # Before the batch of the next step is taken.
-            checkpoints.save(step, state, batches, validation_loss)
-        yield records
-        if stopping or last or not finite:
-            break
+            yield _until_not_finite(records), state, False
+            return
+        yield records, state, saving
+        if stopping or last:
+            return
+        # After the save, which keeps the position in the data.
         batch = _to_devices(next(batches), mesh, P(BATCH))
         speed.start(step)
-    checkpoints.close()
-    history.close()
 
 
 class Programs(NamedTuple):
@@ -235,11 +276,13 @@ def is_over(records: list[log.Record], steps: int) -> bool:
 
 
 def _is_saved(records: list[log.Record], run_dir: Path) -> bool:
-    """Says whether the last step, if it is one to go on from, has its checkpoint."""
-    last = records[-1]
-    return bool(last.get("diverged")) or (
-        last["step"] in saved_steps(run_dir / CHECKPOINTS_NAME)
-    )
+    """Says whether a run that is over needs no step to be made again.
+
+    So it does where it was killed in its last save. Not so where it diverged, and
+    where somebody has deleted all of its checkpoints.
+    """
+    last, there = records[-1], saved_steps(run_dir / CHECKPOINTS_NAME)
+    return bool(last.get("diverged")) or not there or last["step"] in there
 
 
 def load_run_data(config: TrainConfig) -> Data:
@@ -251,6 +294,40 @@ def load_run_data(config: TrainConfig) -> Data:
         jax.process_index(),
         jax.process_count(),
     )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Ends all processes where an ``InputError`` ends one.
+
+    One that ended alone would leave the others waiting for it.
+    """
+    error = None
+    try:
+        yield
+    except InputError as raised:
+        error = raised
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(error is not None))
+        if error is None and failed.any():
+            error = InputError(
+                f"process {int(np.argmax(failed))} cannot start; its message says why"
+            )
+    if error is not None:
+        raise error
+
+
+def _keep_tokenizer(data: Data, run_dir: Path, records: list[log.Record]) -> None:
+    """Writes the tokenizer, or checks that it is that of the steps taken before."""
+    path = run_dir / TOKENIZER_NAME
+    text = data.tokenizer.to_str(pretty=True)
+    require(
+        not records or not path.exists() or path.read_text() == text,
+        f"run_dir: the run in {run_dir} has another tokenizer, as the text that it was "
+        "trained on has changed; choose another --run-dir",
+    )
+    if jax.process_index() == 0:
+        path.write_text(text)
 
 
 def _open_run(config: TrainConfig, run_dir: Path) -> list[log.Record]:

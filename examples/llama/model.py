@@ -211,9 +211,9 @@ class Llama(nnx.Module):
             params, layer_cache = layer
             return nnx.merge(graphdef, params)(x, layer_cache)
 
-        if self.remat:
-            # In a scan nothing merges the two computations of a block anyway.
-            run_block = jax.checkpoint(run_block, prevent_cse=False)
+        # In a scan nothing merges the two computations of a block anyway.
+        policy = None if self.remat else _all_but_gathered
+        run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
         # In float32, as the gradients of a frequent token are many to add up.
         table = constrain(self.embedding.embedding[...], "tensor", None)
         x = constrain(table[tokens], BATCH, None, None).astype(self.dtype)
@@ -232,6 +232,14 @@ def _attention_implementation(dtype: Any) -> Literal["cudnn"] | None:
     """Chooses cuDNN's flash attention where there is one, which is for 16 bits."""
     on_gpu = jax.default_backend() == "gpu"
     return "cudnn" if on_gpu and dtype == jnp.bfloat16 else None
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps all for the backward pass but kernels that were cast and gathered.
+
+    Kept, those of all blocks would be on every device at once.
+    """
+    return primitive.name not in ("sharding_constraint", "convert_element_type")
 
 
 def _linear(

@@ -8,7 +8,7 @@ import jax
 import optax
 
 import optax_cautious
-from examples.llama.config import OptimizerConfig, base_name, require
+from examples.llama.config import InputError, OptimizerConfig, base_name, require
 
 _Constructor = Callable[..., optax.GradientTransformation]
 
@@ -180,6 +180,15 @@ def _make(
         options[own_name] = value
     if name == base:
         return _OPTIMIZERS[base](1.0, **options)
+    try:
+        return _make_cautious(base, options, caution)
+    except ValueError as error:  # Of an option of caution, which it names.
+        raise InputError(str(error)) from error
+
+
+def _make_cautious(
+    base: str, options: dict[str, Any], caution: dict[str, Any]
+) -> optax.GradientTransformation:
     if base in _CAUTIOUS:
         if "mask" in caution:
             caution = {**caution, "caution_mask": caution["mask"]}

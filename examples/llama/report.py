@@ -76,11 +76,11 @@ def read_history(run: Run, directory: Path) -> History:
     records = log.read(directory)
     return History(
         run=run,
-        losses=tuple(float("nan") if r["loss"] is None else r["loss"] for r in records),
+        losses=tuple(r["loss"] for r in records),
         evaluations=tuple(
             Evaluation(r["step"], r["validation_loss"], r["aligned_fraction"])
             for r in records
-            if r.get("validation_loss") is not None
+            if np.isfinite(r.get("validation_loss", np.nan))
         ),
         seconds=tuple(
             r["seconds_per_step"] for r in records if "seconds_per_step" in r

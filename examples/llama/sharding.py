@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from examples.llama.config import TrainConfig, require
+from examples.llama.config import InputError, TrainConfig, require
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -84,7 +84,22 @@ def make_mesh(config: TrainConfig, devices: Any = None) -> Mesh:
                 f"--{name.replace('_', '-')}",
             )
     chosen = devices[:count].tolist()
-    return jax.make_mesh(shape, AXES, devices=chosen, axis_types=(AxisType.Auto,) * 3)
+    try:
+        mesh = jax.make_mesh(
+            shape, AXES, devices=chosen, axis_types=(AxisType.Auto,) * 3
+        )
+    except NotImplementedError as error:  # For some shapes on some slices.
+        raise InputError(
+            f"mesh: {' x '.join(map(str, shape))} does not fit the slice ({error}); "
+            "choose another"
+        ) from error
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    require(
+        bool((hosts == hosts[:, :, :1]).all()),
+        f"mesh: the axis tensor ({tensor}) reaches over several hosts here, and each "
+        "host reads sequences of its own; choose a smaller one",
+    )
+    return mesh
 
 
 def specs(tree: Any) -> Any:

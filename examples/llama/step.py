@@ -147,8 +147,9 @@ def make_aligned_fraction(
         updates, _ = tx.update(grads, state.opt_state, state.params)
         fractions = optax_cautious.aligned_fraction(updates, grads)
         counts = jax.tree.map(
-            lambda fraction, leaf: fraction * leaf.size, fractions, grads
+            lambda fraction, leaf: fraction * float(leaf.size), fractions, grads
         )
-        return optax.tree.sum(counts) / optax.tree.size(grads)
+        # A float, as the parameters of large models are more than an int32 can count.
+        return optax.tree.sum(counts) / float(optax.tree.size(grads))
 
     return aligned_fraction

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from examples.llama import log
 from examples.llama.command_line import Start, run_training_command
-from examples.llama.config import InputError, TrainConfig, title
+from examples.llama.config import InputError, TrainConfig, require, title
 from examples.llama.loop import identity, is_over, preemption, training
 from examples.llama.model import count_parameters
 
@@ -42,11 +42,20 @@ class Processes:
     """Which this is, from 0."""
 
     def join(self) -> None:
-        """Waits for the others."""
-        if self.distributed:
-            jax.distributed.initialize(
-                self.coordinator, self.num_processes, self.process_id
-            )
+        """Waits for the others.
+
+        Raises:
+            InputError: for an address or a number without ``distributed``, and where
+                the others are not found.
+        """
+        given = (self.coordinator, self.num_processes, self.process_id)
+        if not self.distributed:
+            require(given == (None,) * 3, "coordinator: give --distributed, too")
+            return
+        try:
+            jax.distributed.initialize(*given)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"distributed: {error}") from error
 
 
 def train(
@@ -72,7 +81,8 @@ def train(
         print(
             f"{count_parameters(config.model):,} parameters, {config.steps} steps of "
             f"{config.data.batch_size} x {config.data.sequence_length} tokens with "
-            f"{title(config.optimizer.optimizer)}, in {run_dir}",
+            f"{title(config.optimizer.optimizer)} at {config.optimizer.peak:g}, in "
+            f"{run_dir}",
             flush=True,
         )
     last: log.Record = {}
@@ -80,7 +90,7 @@ def train(
     with bar, preemption() as stop:
         for records in training(config, run_dir, stop=stop):
             last = records[-1]
-            validated = [r for r in records if r.get("validation_loss") is not None]
+            validated = [r for r in records if "aligned_fraction" in r]
             if validated and speaks:
                 tqdm.write(summary(validated[-1]))
             bar.set_description("Training", refresh=False)
@@ -106,8 +116,7 @@ def summary(record: log.Record) -> str:
 
 def progress(record: log.Record) -> dict[str, str]:
     """Writes what stands beside the progress bar."""
-    # Read from the log, a loss that is not finite is None.
-    shown = {} if record["loss"] is None else {"loss": f"{record['loss']:.3f}"}
+    shown = {"loss": f"{record['loss']:.3f}"}
     if "tokens_per_second" in record:
         shown["tokens/s"] = f"{record['tokens_per_second']:,.0f}"
     if "mfu" in record:
