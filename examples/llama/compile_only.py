@@ -105,7 +105,7 @@ def account(config: TrainConfig, topology: str) -> Account:
         moments=_bytes_per_device(like.opt_state),
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
-        accessed=_accessed(config, tx, mesh),
+        accessed=_accessed(config, tx, mesh, compiled),
         collectives=collectives(str(compiled.as_text())),
     )
 
@@ -121,24 +121,27 @@ def _accessed(
     config: TrainConfig,
     tx: optax.GradientTransformation,
     mesh: Mesh,
+    compiled: jax.stages.Compiled,
 ) -> float:
     """Returns the bytes that a step accesses.
 
     The compiler counts the body of a loop once, however often it runs. The same step
     with two blocks in each iteration tells how much a block is.
     """
-    one, two = (_cost(config, tx, mesh, unroll) for unroll in (1, 2))
+
+    def cost(unroll: int) -> float:
+        model = replace(config.model, unroll=unroll)
+        there = model == config.model
+        program = (
+            compiled if there else compile_step(replace(config, model=model), tx, mesh)
+        )
+        analysis: Any = program.cost_analysis()
+        return float(analysis["bytes accessed"])
+
     layers = config.model.num_layers
     # An odd block is outside of the loop.
+    one, two = cost(1), cost(2)
     return one + (layers - 1) * (two - one) / (1 + layers % 2)
-
-
-def _cost(
-    config: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh, unroll: int
-) -> float:
-    config = replace(config, model=replace(config.model, unroll=unroll))
-    analysis: Any = compile_step(config, tx, mesh).cost_analysis()
-    return float(analysis["bytes accessed"])
 
 
 def collectives(text: str) -> dict[str, Collective]:

@@ -571,19 +571,33 @@ def test_a_mesh_or_a_setting_that_does_not_fit_leaves_nothing_behind(config, tmp
         assert not (tmp_path / "run").exists()
 
 
-def test_a_run_killed_when_it_begins_begins_again(config, whole, tmp_path, monkeypatch):
-    """Its configuration is there as a whole, or not at all."""
-    run_dir = tmp_path / "run"
+@pytest.mark.parametrize("resumed", [False, True], ids=["at first", "going on"])
+def test_a_run_killed_when_it_begins_begins_again(
+    resumed, config, whole, run_dir, monkeypatch
+):
+    """Whatever it has written is there as a whole, or does not count."""
+    if not resumed:
+        shutil.rmtree(run_dir)
     write_text = Path.write_text
+    writes = 0
+    while True:
+        left = writes
 
-    def killed(path, text):
-        write_text(path, text[:10])
-        raise KeyboardInterrupt
+        def killed(path, text):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                write_text(path, text[:10])
+                raise KeyboardInterrupt
+            write_text(path, text)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", killed)
-        with pytest.raises(KeyboardInterrupt):
-            next(training(config, run_dir))
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", killed)
+            try:
+                next(training(config, run_dir))
+                break
+            except KeyboardInterrupt:
+                writes += 1
     assert train(config, run_dir) == whole
 
 

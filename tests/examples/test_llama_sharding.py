@@ -269,6 +269,27 @@ def test_what_any_optimizer_keeps_of_a_matrix_is_split_like_it(name):
     assert large >= len(SHARDS) - 3
 
 
+def test_the_gradient_is_the_slope_of_the_loss():
+    """On a mesh, it goes through a rule of the program's own."""
+    params = step.init_state(MODEL, optax.identity(), 0).params
+    params = jax.tree.map(lambda leaf: 3 * leaf, params)  # Where the loss is no plane.
+    graphdef, batch = step.make_graphdef(MODEL), walks()[0]
+    with jax.set_mesh(make_mesh(CONFIG)):
+        loss = jax.jit(lambda params: step.loss_fn(graphdef, params, batch))
+        grads = jax.jit(lambda params: mean_gradient(graphdef, params, batch, 1)[1])
+        leaves, treedef = jax.tree.flatten(params)
+        for i, grad in enumerate(jax.tree.leaves(grads(params))):
+            norm = jnp.linalg.norm(grad)
+
+            def at(distance, i=i, direction=grad / norm):
+                there = leaves[i] + distance * direction
+                there = [*leaves[:i], there, *leaves[i + 1 :]]
+                return float(loss(treedef.unflatten(there)))
+
+            slope = (at(0.01) - at(-0.01)) / 0.02
+            assert slope == pytest.approx(float(norm), rel=0.02)
+
+
 def test_no_device_holds_the_activations_of_all_sequences():
     """A batch stays split, whichever way its embeddings and their gradient go."""
     config = with_optimizer("sgd", mesh=(2, 2, 2))
@@ -647,11 +668,13 @@ def long_config(tmp_path_factory):
     return replace(
         CONFIG,
         data=data,
+        # So low that rounding does not grow much.
+        optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.1),
         mesh=(2, 2, 2),
-        steps=40,
+        steps=30,
         log_every=5,
         eval_every=5,
-        checkpoint_every=20,
+        checkpoint_every=15,
     )
 
 
@@ -662,12 +685,12 @@ def one_process(long_config, tmp_path_factory):
 
 
 def assert_close(records, expected):
-    """Rounding has grown by the fortieth step, but to no more than this."""
+    """Rounding has grown by the last step, but to no more than this."""
     assert [sorted(r) for r in records] == [sorted(r) for r in expected]
     for record, other in zip(records, expected):
         for name, value in other.items():
             # A coordinate may go along with a gradient that is almost zero, or not.
-            rtol = 0.01 if name == "aligned_fraction" else 1e-3
+            rtol = {"aligned_fraction": 1e-2, "grad_norm": 3e-3}.get(name, 1e-3)
             assert record[name] == pytest.approx(value, rel=rtol), (name, record)
 
 
@@ -677,13 +700,12 @@ def free_port():
         return listening.getsockname()[1]
 
 
-def test_two_processes_stop_together_and_go_on(
-    long_config, one_process, cache, tmp_path
-):
+@pytest.fixture
+def two_processes(long_config, cache, tmp_path):
+    """Runs the command in two processes of four devices each, which find each other."""
     command = Command(long_config, tmp_path, cache)
-    run_dir = tmp_path / "run"
 
-    def both(program):
+    def run(run_dir, program=("-m", "examples.llama.train")):
         address = f"localhost:{free_port()}"
         processes = [
             command.start(
@@ -695,17 +717,32 @@ def test_two_processes_stop_together_and_go_on(
             )
             for i in range(2)
         ]
-        ends = [process.finish() for process in processes]
-        assert [code for code, _ in ends] == [0, 0], ends
-        return ends[0][1]
+        return [process.finish() for process in processes]
 
-    said = both(("-c", _PREEMPTED))
+    return run
+
+
+def test_two_processes_stop_together_and_go_on(two_processes, one_process, tmp_path):
+    run_dir = tmp_path / "run"
+    ends = two_processes(run_dir, ("-c", _PREEMPTED))
+    assert [code for code, _ in ends] == [0, 0], ends
     stopped = len(read_log(run_dir))
-    assert 6 <= stopped < 40
-    assert f"Stopped: step {stopped} is saved" in said
+    assert 6 <= stopped < 30
+    assert f"Stopped: step {stopped} is saved" in ends[0][1]
     assert (run_dir / "checkpoints" / str(stopped)).is_dir()
-    both(("-m", "examples.llama.train"))
+    ends = two_processes(run_dir)
+    assert [code for code, _ in ends] == [0, 0], ends
     assert_close(read_log(run_dir), one_process)
+
+
+def test_two_processes_end_where_one_cannot_start(two_processes, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "letter.txt").write_text("Dear reader")
+    (first, said), (second, of_the_other) = two_processes(run_dir)
+    assert (first, second) == (1, 1)
+    assert f"error: run_dir: {run_dir} is not empty and holds no run" in said
+    assert "error: process 0 cannot start; its message says why" in of_the_other
 
 
 def test_a_run_goes_on_on_another_mesh(long_config, one_process, tmp_path):
