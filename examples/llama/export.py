@@ -198,12 +198,12 @@ def export(source: Source, output_dir: Path) -> None:
         source: where the parameters come from.
         output_dir: where the files go; a new directory, or an empty one.
     """
-    make_directory("output_dir", output_dir)
     require(
-        not any(output_dir.iterdir()),
+        not (output_dir.is_dir() and any(output_dir.iterdir())),
         f"output_dir: {output_dir} is not empty; choose another",
     )
     run = load_run(source)
+    make_directory("output_dir", output_dir)
     save_run(run, output_dir)
     print(f"Wrote the model of step {run.step} to {output_dir}.")
 

@@ -327,7 +327,14 @@ def _keep_tokenizer(data: Data, run_dir: Path, records: list[log.Record]) -> Non
         "trained on has changed; choose another --run-dir",
     )
     if jax.process_index() == 0:
-        path.write_text(text)
+        _write_whole(path, text)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _open_run(config: TrainConfig, run_dir: Path) -> list[log.Record]:
@@ -344,14 +351,11 @@ def _open_run(config: TrainConfig, run_dir: Path) -> list[log.Record]:
             f"({', '.join(different)}); choose another --run-dir",
         )
     elif jax.process_index() == 0:
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
         require(
-            not any(run_dir.iterdir()),
+            all(file.suffix == ".partial" for file in run_dir.iterdir()),
             f"run_dir: {run_dir} is not empty and holds no run; choose another",
         )
-        partial.write_text(to_json(config))
-        partial.replace(path)
+        _write_whole(path, to_json(config))
     return log.read(run_dir)
 
 

@@ -215,7 +215,8 @@ class Llama(nnx.Module):
         policy = None if self.remat else _all_but_gathered
         run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
         # In float32, as the gradients of a frequent token are many to add up.
-        table = constrain(self.embedding.embedding[...], "tensor", None)
+        table = jnp.asarray(self.embedding.embedding[...])
+        table = constrain(table, "tensor", None)
         x = constrain(table[tokens], BATCH, None, None).astype(self.dtype)
         x, cache = jax.lax.scan(run_block, x, (blocks, cache), unroll=self.unroll)
         logits = self.logits(self.norm(x))

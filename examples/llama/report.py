@@ -362,10 +362,10 @@ def _plot_arrow(axes: Axes, base: Group | None, cautious: Group | None) -> None:
     arrow = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (reached, loss), (end, loss), arrowprops=arrow)
     axes.annotate(
-        f"{end / reached:.2f} x fewer steps",
+        f"ratio of steps: {end / reached:.2f}",
         ((reached + end) / 2, loss),
         textcoords="offset points",
-        xytext=(0, 6),
+        xytext=(0, 24),
         horizontalalignment="center",
     )
 
