@@ -112,8 +112,8 @@ def on_one_device():
     ("name", "mesh"),
     [
         *(("cautious_adamw", mesh) for mesh in MESHES),
-        *(("cautious_lion", mesh) for mesh in MESHES[:2]),
-        *(("adamw", mesh) for mesh in MESHES[:2]),
+        ("cautious_lion", (2, 2, 2)),
+        ("adamw", (2, 2, 2)),
     ],
 )
 def test_a_mesh_trains_as_one_device(name, mesh, on_one_device):
@@ -123,17 +123,16 @@ def test_a_mesh_trains_as_one_device(name, mesh, on_one_device):
     np.testing.assert_allclose(measured, on_one_device(name), rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["cautious_adamw", "cautious_lion"])
-def test_a_share_of_the_gradient_that_is_lost_shows(name, on_one_device, monkeypatch):
-    """The tolerance above is not too large."""
+def test_a_share_of_the_gradient_that_is_lost_shows(on_one_device, monkeypatch):
+    """The tolerance is not too large, not even for Lion, which sees signs only."""
 
     def mean_gradient_of_most(graphdef, params, tokens, parts):
         loss, _ = mean_gradient(graphdef, params, tokens, parts)
         return loss, mean_gradient(graphdef, params, tokens[:-1], parts)[1]
 
-    expected = on_one_device(name)[:, 0]
+    expected = on_one_device("cautious_lion")[:, 0]
     monkeypatch.setattr(step, "mean_gradient", mean_gradient_of_most)
-    error = trajectory(with_optimizer(name))[:, 0] / expected - 1
+    error = trajectory(with_optimizer("cautious_lion"))[:, 0] / expected - 1
     assert np.abs(error).max() > 100 * TOLERANCE
 
 
@@ -142,11 +141,10 @@ def test_a_share_of_the_gradient_that_is_lost_shows(name, on_one_device, monkeyp
     [
         {"accumulate": 4},
         {"accumulate": 2, "mesh": (2, 2, 2)},
-        {"model": replace(MODEL, remat=True)},
         {"model": replace(MODEL, unroll=2)},
         {"model": replace(MODEL, remat=True, unroll=2), "mesh": (1, 4, 2)},
     ],
-    ids=["accumulate", "accumulate on a mesh", "remat", "unroll", "remat on a mesh"],
+    ids=["accumulate", "accumulate on a mesh", "unroll", "remat on a mesh"],
 )
 def test_what_saves_memory_or_time_changes_nothing(changes, on_one_device):
     config = with_optimizer("cautious_adamw", **changes)
@@ -743,11 +741,3 @@ def test_two_processes_end_where_one_cannot_start(two_processes, tmp_path):
     assert (first, second) == (1, 1)
     assert f"error: run_dir: {run_dir} is not empty and holds no run" in said
     assert "error: process 0 cannot start; its message says why" in of_the_other
-
-
-def test_a_run_goes_on_on_another_mesh(long_config, one_process, tmp_path):
-    run_dir = tmp_path / "run"
-    there = replace(long_config, mesh=(1, 1, 1))
-    before = train(there, run_dir, stop=lambda step: step == 12)
-    assert len(before) == 12
-    assert_close(train(long_config, run_dir), one_process)
