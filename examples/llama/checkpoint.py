@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 from tqdm import tqdm
 
-from examples.llama.config import InputError, require
+from examples.llama.checks import InputError, reason, require
 from examples.llama.step import Params, TrainState
 
 
@@ -109,12 +109,12 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             self._require_same_processes(step)
-            state, reason = self._read(step, like, batches)
+            state, why = self._read(step, like, batches)
             if state is not None:
-                for other, why in damaged.items():
-                    self._set_aside(other, why)
+                for other, of_other in damaged.items():
+                    self._set_aside(other, of_other)
                 return Restored(step, state)
-            damaged[step] = reason
+            damaged[step] = why
         reasons = "; ".join(f"of step {step}: {why}" for step, why in damaged.items())
         require(
             not damaged,
@@ -127,7 +127,7 @@ class Checkpoints:
         self, step: int, like: TrainState, batches: grain.DatasetIterator[Any]
     ) -> tuple[TrainState | None, str]:
         """Reads a checkpoint; if any process cannot, returns why."""
-        state, reason, saved = None, "another process cannot read it", 0
+        state, why, saved = None, "another process cannot read it", 0
         try:
             restored = self._manager.restore(
                 step,
@@ -140,10 +140,10 @@ class Checkpoints:
             state, saved = restored["state"], restored["checksum"]["state"]
         except Exception as error:
             # Whatever is wrong with files, tensorstore and JSON raise all sorts.
-            reason = str(error).strip().partition("\n")[0].partition(". See")[0]
+            why = reason(error)
         # Together, as the checksum is computed by all.
         if not _in_all(state is not None):
-            return None, reason
+            return None, why
         if int(checksum(state)) != saved:
             return None, "its checksum is not that of its contents"
         return state, ""
@@ -164,10 +164,10 @@ class Checkpoints:
             f"{jax.process_count()}; start as many, or choose another --run-dir",
         )
 
-    def _set_aside(self, step: int, reason: str) -> None:
+    def _set_aside(self, step: int, why: str) -> None:
         tqdm.write(
             f"The checkpoint of step {step} is damaged and is moved to "
-            f"{self._damaged}: {reason}"
+            f"{self._damaged}: {why}"
         )
         if jax.process_index() == 0:
             self._damaged.mkdir(exist_ok=True)
@@ -239,9 +239,9 @@ def restore_params(directory: Path, step: int, like: Params) -> Params:
             )
     except Exception as error:
         # As above, whatever is wrong with files raises all sorts.
-        reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"step: the checkpoint of step {step} in {directory} is damaged ({reason})"
+            f"step: the checkpoint of step {step} in {directory} is damaged "
+            f"({reason(error)})"
         ) from error
     params: Params = restored["params"]
     return params

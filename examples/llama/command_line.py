@@ -11,9 +11,9 @@ from typing import Any
 
 import tyro
 
+from examples.llama.checks import InputError
 from examples.llama.config import (
     PRESETS,
-    InputError,
     ModelName,
     PresetName,
     TrainConfig,

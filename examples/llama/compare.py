@@ -14,14 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from examples.llama import log, report
+from examples.llama.checks import make_directory, require
 from examples.llama.command_line import Start, run_training_command
-from examples.llama.config import (
-    OptimizerName,
-    TrainConfig,
-    make_directory,
-    require,
-    title,
-)
+from examples.llama.config import OptimizerName, TrainConfig, title
 from examples.llama.loop import is_over, load_run_data, preemption, training
 from examples.llama.report import Run
 

@@ -20,8 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.llama import log
+from examples.llama.checks import InputError
 from examples.llama.command_line import Start, run_training_command
-from examples.llama.config import InputError, TrainConfig, title
+from examples.llama.config import TrainConfig, title
 from examples.llama.loop import lower_train_step, state_like
 from examples.llama.model import count_parameters
 from examples.llama.optimizer import make_optimizer

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
+
+from examples.llama.checks import InputError, require, require_choice, require_positive
 
 OptimizerName = Literal[
     "adamw",
@@ -61,43 +63,6 @@ BYTES = 256
 
 END_OF_DOCUMENT = "<|endoftext|>"
 """The one special token of a tokenizer trained here, written after each document."""
-
-
-class InputError(ValueError):
-    """A setting or a corpus with which the program cannot start."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises an ``InputError`` with this message unless the condition holds."""
-    if not condition:
-        raise InputError(message)
-
-
-def require_positive(name: str, value: float) -> None:
-    """Raises an ``InputError`` unless the value is finite and above zero."""
-    require(
-        value > 0 and math.isfinite(value), f"{name} is {value}: it has to be above 0"
-    )
-
-
-def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises an ``InputError`` unless the value is one of the choices."""
-    require(
-        value in choices, f"{name} is {value!r}: choose one of {', '.join(choices)}"
-    )
-
-
-def make_directory(name: str, path: Path) -> None:
-    """Makes a directory, or raises an ``InputError`` that says why it cannot."""
-    require(
-        ":/" not in str(path),
-        f"{name}: {path} is no directory of this machine; mount the bucket, and give "
-        "the directory where it is",
-    )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{name}: cannot make {path} ({error.strerror})") from error
 
 
 def title(name: str) -> str:

@@ -34,14 +34,8 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from examples.llama.config import (
-    BYTES,
-    END_OF_DOCUMENT,
-    DataConfig,
-    InputError,
-    make_directory,
-    require,
-)
+from examples.llama.checks import InputError, make_directory, reason, require
+from examples.llama.config import BYTES, END_OF_DOCUMENT, DataConfig
 
 _CACHE_VERSION = 2
 _HUGGING_FACE = "hf:"
@@ -173,10 +167,10 @@ def load_tokenizer(name: str) -> Tokenizer:
         )
     except Exception as error:  # The packages below raise errors of many kinds.
         raise InputError(
-            f"tokenizer: {name} is not a tokenizer.json ({_reason(error)})"
+            f"tokenizer: {name} is not a tokenizer.json ({reason(error)})"
             if is_file
             else f"tokenizer: there is no file {name}, and none of that name on the "
-            f"Hugging Face hub ({_reason(error)})"
+            f"Hugging Face hub ({reason(error)})"
         ) from error
     # Neither belongs into a stream of tokens, and a tokenizer.json may set both.
     tokenizer.no_padding()
@@ -494,7 +488,7 @@ def _open_dataset(source: str) -> Any:
     try:
         return datasets.load_dataset(name, subset or None, streaming=True)
     except Exception as error:  # The packages below raise errors of many kinds.
-        raise InputError(f"data: cannot load {source} ({_reason(error)})") from error
+        raise InputError(f"data: cannot load {source} ({reason(error)})") from error
 
 
 def _take_split(splits: Any, config: DataConfig, setting: str) -> Any:
@@ -523,7 +517,7 @@ def _first_row(dataset: Any, source: str) -> Any:
     try:
         return next(iter(dataset), None)
     except Exception as error:  # The packages below raise errors of many kinds.
-        raise InputError(f"data: cannot read {source} ({_reason(error)})") from error
+        raise InputError(f"data: cannot read {source} ({reason(error)})") from error
 
 
 def _stream_tokenizer(train: Any, config: DataConfig, vocab_size: int) -> Tokenizer:
@@ -800,8 +794,3 @@ def _hash(documents: list[str]) -> str:
     for text in documents:
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    """Writes an error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

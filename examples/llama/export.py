@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from examples.llama.checks import make_directory, require
 from examples.llama.command_line import run_command
-from examples.llama.config import TrainConfig, make_directory, require
+from examples.llama.config import TrainConfig
 from examples.llama.generate import Run, Source, load_run
 from examples.llama.model import RMS_EPSILON
 from examples.llama.step import Params

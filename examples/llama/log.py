@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-from examples.llama.config import ModelConfig, require
+from examples.llama.checks import require
+from examples.llama.config import ModelConfig
 from examples.llama.model import count_parameters
 
 Record = dict[str, Any]

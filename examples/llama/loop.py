@@ -23,14 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 from examples.llama import log
 from examples.llama.checkpoint import Checkpoints, saved_steps, size
-from examples.llama.config import (
-    InputError,
-    TrainConfig,
-    from_json,
-    make_directory,
-    require,
-    to_json,
-)
+from examples.llama.checks import InputError, make_directory, require
+from examples.llama.config import TrainConfig, from_json, to_json
 from examples.llama.data import Data, load_data
 from examples.llama.optimizer import make_optimizer, make_schedule
 from examples.llama.sharding import BATCH, make_mesh, shardings

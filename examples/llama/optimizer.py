@@ -8,7 +8,8 @@ import jax
 import optax
 
 import optax_cautious
-from examples.llama.config import InputError, OptimizerConfig, base_name, require
+from examples.llama.checks import InputError, require
+from examples.llama.config import OptimizerConfig, base_name
 
 _Constructor = Callable[..., optax.GradientTransformation]
 

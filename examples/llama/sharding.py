@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from examples.llama.config import InputError, TrainConfig, require
+from examples.llama.checks import InputError, require
+from examples.llama.config import TrainConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")

@@ -12,8 +12,9 @@ import jax
 from tqdm import tqdm
 
 from examples.llama import log
+from examples.llama.checks import InputError, require
 from examples.llama.command_line import Start, run_training_command
-from examples.llama.config import InputError, TrainConfig, require, title
+from examples.llama.config import TrainConfig, title
 from examples.llama.loop import identity, is_over, preemption, training
 from examples.llama.model import count_parameters
 

@@ -16,14 +16,9 @@ for _module in ("grain", "matplotlib", "tokenizers", "tqdm", "tyro"):
 from PIL import Image
 
 from examples.llama import compare, log, report
+from examples.llama.checks import InputError
 from examples.llama.command_line import run_training_command
-from examples.llama.config import (
-    DataConfig,
-    InputError,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from examples.llama.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from examples.llama.report import Evaluation, History, Run
 
 

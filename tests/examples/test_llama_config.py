@@ -11,12 +11,12 @@ import pytest
 
 pytest.importorskip("tyro", reason="needs the extra [examples]")
 
+from examples.llama.checks import InputError
 from examples.llama.command_line import Start, run_training_command
 from examples.llama.config import (
     MODELS,
     PRESETS,
     DataConfig,
-    InputError,
     ModelConfig,
     ModelName,
     OptimizerConfig,

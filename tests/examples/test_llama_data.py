@@ -25,7 +25,8 @@ import grain
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from examples.llama import data
-from examples.llama.config import END_OF_DOCUMENT, DataConfig, InputError
+from examples.llama.checks import InputError
+from examples.llama.config import END_OF_DOCUMENT, DataConfig
 
 WORDS = ["the", "optimizer", "moves", "a", "weight", "along", "its", "gradient"]
 

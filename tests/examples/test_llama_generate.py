@@ -23,8 +23,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from examples.llama import generate
 from examples.llama.checkpoint import Checkpoints, restore_params, saved_steps
+from examples.llama.checks import InputError
 from examples.llama.command_line import run_command
-from examples.llama.config import DataConfig, InputError, ModelConfig, TrainConfig
+from examples.llama.config import DataConfig, ModelConfig, TrainConfig
 from examples.llama.config import to_json as config_to_json
 from examples.llama.data import load_tokenizer, train_tokenizer
 from examples.llama.generate import Run, Sampling, Source

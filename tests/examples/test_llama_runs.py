@@ -32,14 +32,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from examples.llama import log, loop
 from examples.llama import train as program
 from examples.llama.checkpoint import Checkpoints, checksum, size
+from examples.llama.checks import InputError
 from examples.llama.command_line import run_training_command
-from examples.llama.config import (
-    DataConfig,
-    InputError,
-    OptimizerConfig,
-    TrainConfig,
-    to_json,
-)
+from examples.llama.config import DataConfig, OptimizerConfig, TrainConfig, to_json
 from examples.llama.loop import training
 from examples.llama.optimizer import make_optimizer
 from examples.llama.step import TrainState, init_state

@@ -22,9 +22,9 @@ for _module in ("grain", "orbax.checkpoint", "tensorboardX", "tokenizers", "tyro
 import optax_cautious
 from examples.llama import loop, step
 from examples.llama.checkpoint import checksum
+from examples.llama.checks import InputError
 from examples.llama.config import (
     DataConfig,
-    InputError,
     OptimizerConfig,
     OptimizerName,
     TrainConfig,

@@ -1,0 +1,48 @@
+"""The error of bad input, and the checks that raise it."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """A setting or a corpus with which the program cannot start."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises an ``InputError`` with this message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raises an ``InputError`` unless the value is finite and above zero."""
+    require(
+        value > 0 and math.isfinite(value), f"{name} is {value}: it has to be above 0"
+    )
+
+
+def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises an ``InputError`` unless the value is one of the choices."""
+    require(
+        value in choices, f"{name} is {value!r}: choose one of {', '.join(choices)}"
+    )
+
+
+def make_directory(name: str, path: Path) -> None:
+    """Makes a directory, or raises an ``InputError`` that says why it cannot."""
+    require(
+        ":/" not in str(path),
+        f"{name}: {path} is no directory of this machine; mount the bucket, and give "
+        "the directory where it is",
+    )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{name}: cannot make {path} ({error.strerror})") from error
+
+
+def reason(error: Exception) -> str:
+    """Writes what an error says in one line, which some packages' do in many."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
