@@ -56,7 +56,7 @@ def main(model: Literal["1M", "10M", "58M", "200M"] = "58M", rounds: int = 30) -
         "parameters.\n"
     )
     header = ("optimizer", "base", "time", "base's", "ratio (quartiles)")
-    print(markdown_table((*header, "temporaries", "base's"), rows))
+    print(markdown_table(rows, (*header, "temporaries", "base's")))
 
 
 if __name__ == "__main__":

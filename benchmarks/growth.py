@@ -71,7 +71,7 @@ def main(rounds: int = 20, picture: Path = Path("outputs/growth.png")) -> None:
     header = ["parameters", BASE]
     for name in OTHERS:
         header += [name, "temporaries"]
-    print(markdown_table(header, rows))
+    print(markdown_table(rows, header))
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(sizes, times, memory).savefig(picture, dpi=150)
     print(f"picture: {picture}")

@@ -21,6 +21,7 @@ from benchmarks.steps import LEARNING_RATE, markdown_table
 from benchmarks.timing import Pair, take_turns
 from benchmarks.training_step import TrainStepper, with_optimizer
 from examples.llama.config import PRESETS, TrainConfig
+from examples.llama.export import to_config
 
 
 class TorchStepper:
@@ -28,21 +29,10 @@ class TorchStepper:
 
     def __init__(self, config: TrainConfig, tokens: np.ndarray) -> None:
         """Makes the model, with random weights."""
-        model = config.model
         torch.manual_seed(0)
         self.model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
-                vocab_size=model.vocab_size,
-                hidden_size=model.hidden_size,
-                intermediate_size=model.intermediate_size,
-                num_hidden_layers=model.num_layers,
-                num_attention_heads=model.num_heads,
-                num_key_value_heads=model.num_kv_heads,
-                max_position_embeddings=config.data.sequence_length,
-                rms_norm_eps=1e-6,
-                tie_word_embeddings=False,
-                use_cache=False,
-                attn_implementation="sdpa",
+                **to_config(config, end=0), use_cache=False, attn_implementation="sdpa"
             )
         )
         self.optimizer = torch.optim.AdamW(
@@ -88,7 +78,7 @@ def main(rounds: int = 100, threads: int | None = None) -> None:
         f"{torch.__version__}, jax {jax.__version__}, flax {version('flax')}, Python "
         f"{platform.python_version()}.\n"
     )
-    print(markdown_table(("", "ms a step", "tokens per second"), rows))
+    print(markdown_table(rows, ("", "ms a step", "tokens per second")))
     low, high = (1 / ratio for ratio in pair.quartiles[::-1])
     print(
         f"\nexamples/llama does {1 / pair.ratio:.2f} of the tokens of transformers in "

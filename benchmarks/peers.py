@@ -161,7 +161,7 @@ def table(seconds: dict[str, list[float]], parameters: int) -> str:
             (name, f"{1e3 * median:.1f}", f"{1e9 * median / parameters:.2f}", *ratio)
         )
     header = ("optimizer", "ms a step", "ns a parameter", "ratio (quartiles)", "to")
-    return markdown_table(header, rows)
+    return markdown_table(rows, header)
 
 
 def draw(seconds: dict[str, list[float]], title: str) -> Figure:

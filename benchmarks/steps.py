@@ -1,15 +1,20 @@
 """The step that is measured: which optimizers, on which leaves."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import optax
+from tabulate import tabulate
 
 import optax_cautious
 
 Shape = tuple[int, ...]
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+markdown_table = partial(tabulate, tablefmt="github", disable_numparse=True)
+"""Formats rows under a header, in Markdown."""
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
@@ -73,16 +78,3 @@ LLAMAS: dict[str, list[Shape]] = {
 def count(shapes: Sequence[Shape]) -> int:
     """Counts the coordinates of all leaves."""
     return sum(jax.ShapeDtypeStruct(shape, bool).size for shape in shapes)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Formats a table whose columns line up."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| "
-        + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
-    )

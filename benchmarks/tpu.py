@@ -140,7 +140,7 @@ def main(topologies: tuple[str, ...] = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")) -> N
                 bar.update()
             title = f"{topology}, {leaves}, {dtype}"
             header = (title, "moved", "temporaries", "all-reduces", "all-gathers")
-            tqdm.write(markdown_table(header, rows) + "\n")
+            tqdm.write(markdown_table(rows, header) + "\n")
 
 
 if __name__ == "__main__":

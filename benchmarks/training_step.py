@@ -43,10 +43,11 @@ class Slice(NamedTuple):
 
     model: ModelName
     topology: str
-    sequences: int
 
 
-SLICES = [Slice("60m", "v5e:2x2", 128), Slice("1b", "v5e:4x4", 128)]
+SLICES = [Slice("60m", "v5e:2x2"), Slice("1b", "v5e:4x4")]
+SEQUENCES = 128
+"""In a batch."""
 
 
 def with_optimizer(config: TrainConfig, name: OptimizerName) -> TrainConfig:
@@ -94,19 +95,19 @@ def on_cpu(rounds: int) -> None:
         f"The demo, {count_parameters(demo.model):,} parameters, {tokens} tokens a "
         f"step; jax {jax.__version__} on {jax.devices()[0].device_kind}.\n"
     )
-    print(markdown_table(("optimizer", "ms a step", "ratio (quartiles)"), rows))
+    print(markdown_table(rows, ("optimizer", "ms a step", "ratio (quartiles)")))
 
 
 def on_tpu() -> None:
     """Compiles the paper's models for TPU slices, and prints a table."""
     rows: list[tuple[str, ...]] = []
     with tqdm(total=len(SLICES) * len(OPTIMIZERS), unit="step") as bar:
-        for model, topology, sequences in SLICES:
+        for model, topology in SLICES:
             config = with_model(PRESETS["paper"], model)
             config = replace(
                 config,
                 model=replace(config.model, remat=True),
-                data=replace(config.data, batch_size=sequences),
+                data=replace(config.data, batch_size=SEQUENCES),
             )
             found: list[Account] = []
             for name in OPTIMIZERS:
@@ -115,26 +116,27 @@ def on_tpu() -> None:
                 bar.update()
             rows += _rows(model, topology, found)
     print(
-        "Sequences of 1024 tokens, 128 a step, bfloat16 compute, rematerialized; one "
-        "device of each slice.\n"
+        f"{SEQUENCES} sequences of 1024 tokens a step, bfloat16 compute, "
+        "rematerialized; one device of each slice.\n"
     )
     header = (
         "model",
         "slice",
         "optimizer",
-        "GB moved",
-        "the optimizer's share",
+        "GB read and written",
+        "caution adds",
+        "in arrays of its parameters",
         "peak memory, GiB",
         "all-reduces",
         "other collectives",
     )
-    print(markdown_table(header, rows))
+    print(markdown_table(rows, header))
 
 
 def _rows(model: str, topology: str, found: list[Account]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    # Of arrays of all parameters: moved by the optimizer, by docs/performance.md.
-    for name, moved, a in zip(OPTIMIZERS, (7, 9), found, strict=True):
+    for name, a in zip(OPTIMIZERS, found, strict=True):
+        added = a.accessed - found[0].accessed
         others = sum(c.times for k, c in a.collectives.items() if k != "all-reduce")
         rows.append(
             (
@@ -142,7 +144,10 @@ def _rows(model: str, topology: str, found: list[Account]) -> list[tuple[str, ..
                 topology,
                 title(name),
                 f"{a.accessed / 1e9:.1f}",
-                f"{moved * a.parameters / 1e9:.2f}",
+                f"{added / 1e9:.2f} GB, {added / found[0].accessed:.2%}"
+                if added
+                else "",
+                f"{added / a.parameters:.2f}" if added else "",
                 f"{a.peak / 2**30:.2f}",
                 str(a.collectives["all-reduce"].times),
                 str(others),

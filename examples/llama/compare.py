@@ -16,7 +16,12 @@ from tqdm import tqdm
 from examples.llama import log, report
 from examples.llama.checks import make_directory, require
 from examples.llama.command_line import Start, run_training_command
-from examples.llama.config import OptimizerName, TrainConfig, title
+from examples.llama.config import (
+    OptimizerName,
+    TrainConfig,
+    require_learning_rate,
+    title,
+)
 from examples.llama.loop import is_over, load_run_data, preemption, training
 from examples.llama.report import Run
 
@@ -31,7 +36,8 @@ def plan(
 
     Args:
         optimizers: names.
-        learning_rates: those to train each optimizer at; none for its default.
+        learning_rates: those to train each optimizer at; none for that of the
+            configuration, or else its default.
         seeds: those to train each optimizer with.
         config: all the rest.
 
@@ -48,11 +54,12 @@ def plan(
     require(bool(seeds), "seeds: give at least one")
     runs = {}
     for seed in seeds:
-        for rate in learning_rates or (None,):
+        for rate in learning_rates or (config.optimizer.learning_rate,):
             for name in optimizers:
                 optimizer = config.optimizer.named(name, rate)
                 run = Run(name, optimizer.peak, seed)
                 runs[run] = replace(config, optimizer=optimizer, seed=seed)
+                require_learning_rate(runs[run])
     return runs
 
 
@@ -141,7 +148,8 @@ def compare(
 
     Args:
         optimizers: those to train with. One and its cautious version are compared.
-        learning_rates: train each at each of these. Not given: at its default.
+        learning_rates: train each at each of these. Not given: at --learning-rate, and
+            without that at its default.
         seeds: train each with each of these, of weights and data.
         output_dir: where each run has its directory, and report.md, report.csv and
             report.png are written.
@@ -155,7 +163,7 @@ def compare(
     make_directory("output_dir", output_dir)
     if not learning_rates:
         rates = {f"{run.learning_rate:g} for {title(run.optimizer)}" for run in runs}
-        print(f"Learning rates by default: {', '.join(sorted(rates))}.")
+        print(f"Learning rates: {', '.join(sorted(rates))}.")
     if not run_all(runs, output_dir, together):
         print("Stopped: the same command goes on.")
         return

@@ -1,13 +1,12 @@
 """Every setting of the program, its default, and the check of its value."""
 
-import dataclasses
-import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
+
+import pydantic
 
 from examples.llama.checks import InputError, require, require_choice, require_positive
 
@@ -213,8 +212,8 @@ class OptimizerConfig:
     optimizer: OptimizerName = "cautious_adamw"
     """What to train with. Any cautious one takes the settings of its base."""
     learning_rate: float | None = None
-    """The peak of the schedule. Not given: for AdamW 2e-3 and for Lion 5e-4, with and
-    without caution, the best of a sweep of the tiny model."""
+    """The peak of the schedule. Not given, for models no wider than the tiny one: for
+    AdamW 2e-3 and for Lion 5e-4, with and without caution, the best of a sweep."""
     b1: float | None = None
     """Decay of the momentum; for Lion, the momentum's share in the update."""
     b2: float | None = None
@@ -400,6 +399,16 @@ MODELS: dict[ModelName, ModelConfig] = {
 """The tiny model of the demo, and the Llamas of the paper."""
 
 
+def require_learning_rate(config: TrainConfig) -> None:
+    """Raises an ``InputError`` where the default was found for a smaller model."""
+    size = MODELS["tiny"].hidden_size
+    require(
+        config.optimizer.learning_rate is not None or config.model.hidden_size <= size,
+        f"learning_rate: the default was found with a hidden_size of {size}, and here "
+        f"it is {config.model.hidden_size}; give one",
+    )
+
+
 def with_model(config: TrainConfig, name: ModelName) -> TrainConfig:
     """Sets the architecture, and the length of the sequences that goes with it."""
     require_choice("model", name, tuple(MODELS))
@@ -430,13 +439,16 @@ PRESETS: dict[PresetName, TrainConfig] = {
 """The demo's settings, and the recipe of the paper's language models."""
 
 
+_JSON = pydantic.TypeAdapter(TrainConfig)
+
+
 def to_json(config: TrainConfig) -> str:
     """Writes a configuration so that ``from_json`` reads it back."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+    return _JSON.dump_json(config, indent=2).decode() + "\n"
 
 
 def from_json(text: str, source: str) -> TrainConfig:
-    """Reads what ``to_json`` wrote.
+    """Reads what ``to_json`` wrote. A setting that is not there has its default.
 
     Args:
         text: the JSON.
@@ -446,25 +458,12 @@ def from_json(text: str, source: str) -> TrainConfig:
         InputError: for anything else, naming the source and what is wrong with it.
     """
     try:
-        values = json.loads(text)
-        parts: dict[str, Any] = {
-            "model": _build(ModelConfig, values.pop("model")),
-            "data": _build(DataConfig, values.pop("data")),
-            "optimizer": _build(OptimizerConfig, values.pop("optimizer")),
-        }
-        return _build(TrainConfig, {**values, **parts})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _JSON.validate_json(text, strict=True, extra="forbid")
+    except pydantic.ValidationError as error:
+        wrong = [
+            ": ".join([*[".".join(map(str, e["loc"]))] * bool(e["loc"]), e["msg"]])
+            for e in error.errors()
+        ]
         raise InputError(
-            f"{source} is not the configuration of a run: {error}"
+            f"{source} is not the configuration of a run: {'; '.join(wrong)}"
         ) from error
-
-
-def _build(cls: type[Any], values: Mapping[str, Any]) -> Any:
-    """Makes a dataclass of what JSON knows, which is no tuples and no paths."""
-    made: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in values.items()
-    }
-    if "cache_dir" in made:
-        made["cache_dir"] = Path(made["cache_dir"])
-    return cls(**made)

@@ -39,6 +39,7 @@ from examples.llama.step import (
 
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer.json"
+CORPUS_NAME = "corpus.sha256"
 CHECKPOINTS_NAME = "checkpoints"
 
 
@@ -77,7 +78,7 @@ def training(
         _require_space(run_dir, size(like), config.keep)
         if data is None:
             data = load_run_data(config)
-        _keep_tokenizer(data, run_dir, records)
+        _keep_data(data, run_dir, records)
 
     batches = iter(data.train)
     losses = {
@@ -183,7 +184,7 @@ def _steps(
 
 
 class Programs(NamedTuple):
-    """What runs on the devices, compiled."""
+    """What runs on the devices, lowered or compiled."""
 
     train_step: Any
     evaluate: Any
@@ -238,14 +239,22 @@ def lower_train_step(
         ).lower(like, batch)
 
 
-def compile_programs(
+def lower_programs(
     config: TrainConfig,
     tx: optax.GradientTransformation,
     mesh: Mesh,
-    batch: jax.Array,
-    validation: jax.Array,
+    batch: Any,
+    validation: Any,
 ) -> Programs:
-    """Compiles all, ahead of the loop and off its clock."""
+    """Lowers all that a run computes.
+
+    Args:
+        config: the run.
+        tx: its optimizer.
+        mesh: its mesh.
+        batch: tokens, or their shape, dtype and sharding.
+        validation: likewise, all batches to evaluate on.
+    """
     like = state_like(config, tx, mesh)
     graphdef = make_graphdef(config.model)
     evaluate = make_evaluate(graphdef, config.accumulate)
@@ -254,12 +263,22 @@ def compile_programs(
     )
     with jax.set_mesh(mesh):
         return Programs(
-            train_step=lower_train_step(config, tx, mesh, batch).compile(),
-            evaluate=jax.jit(evaluate).lower(like.params, validation).compile(),
-            aligned_fraction=jax.jit(aligned_fraction)
-            .lower(like, validation[0])
-            .compile(),
+            train_step=lower_train_step(config, tx, mesh, batch),
+            evaluate=jax.jit(evaluate).lower(like.params, validation),
+            aligned_fraction=jax.jit(aligned_fraction).lower(like, batch),
         )
+
+
+def compile_programs(
+    config: TrainConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    batch: jax.Array,
+    validation: jax.Array,
+) -> Programs:
+    """Compiles all, ahead of the loop and off its clock."""
+    lowered = lower_programs(config, tx, mesh, batch, validation)
+    return Programs(*[program.compile() for program in lowered])
 
 
 def is_over(records: list[log.Record], steps: int) -> bool:
@@ -311,17 +330,20 @@ def together() -> Iterator[None]:
         raise error
 
 
-def _keep_tokenizer(data: Data, run_dir: Path, records: list[log.Record]) -> None:
-    """Writes the tokenizer, or checks that it is that of the steps taken before."""
-    path = run_dir / TOKENIZER_NAME
-    text = data.tokenizer.to_str(pretty=True)
-    require(
-        not records or not path.exists() or path.read_text() == text,
-        f"run_dir: the run in {run_dir} has another tokenizer, as the text that it was "
-        "trained on has changed; choose another --run-dir",
-    )
-    if jax.process_index() == 0:
-        _write_whole(path, text)
+def _keep_data(data: Data, run_dir: Path, records: list[log.Record]) -> None:
+    """Writes what data the run is on, or checks that it is that of the steps before."""
+    for name, text, what in (
+        (CORPUS_NAME, data.fingerprint + "\n", "was trained on other text"),
+        (TOKENIZER_NAME, data.tokenizer.to_str(pretty=True), "has another tokenizer"),
+    ):
+        path = run_dir / name
+        require(
+            not records or not path.exists() or path.read_text() == text,
+            f"run_dir: the run in {run_dir} {what}: the data have changed since; "
+            "choose another --run-dir",
+        )
+        if jax.process_index() == 0:
+            _write_whole(path, text)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 
@@ -104,7 +105,7 @@ class Attention(nnx.Module):
                 key,
                 value,
                 is_causal=True,
-                implementation=_attention_implementation(query.dtype),
+                implementation=_attention_implementation(query),
             )
         else:
             where = (0, start, 0, 0)
@@ -229,10 +230,13 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def _attention_implementation(dtype: Any) -> Literal["cudnn"] | None:
-    """Chooses cuDNN's flash attention where there is one, which is for 16 bits."""
-    on_gpu = jax.default_backend() == "gpu"
-    return "cudnn" if on_gpu and dtype == jnp.bfloat16 else None
+def _attention_implementation(query: jax.Array) -> Literal["cudnn"] | None:
+    """Chooses cuDNN's flash attention where it has one, and XLA's elsewhere."""
+    # A GPU may be one of AMD's; cuDNN has no kernel for other dtypes and heads.
+    on_cuda = "cuda" in jax.extend.backend.get_backend().platform_version
+    head_dim = query.shape[-1]
+    fits = query.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if on_cuda and fits else None
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -36,11 +36,12 @@ _CAUTIOUS: dict[str, _Constructor] = {
 }
 """Those that have a cautious form of their own; the others are wrapped."""
 
-# What an optimizer calls an option, where it is not by the option's name.
-_OPTION_NAMES = {
-    "sgd": {"b1": "momentum"},
-    "muon": {"b1": "beta"},
-    "adafactor": {"b1": "momentum"},
+# What an optimizer calls an option, where it is not by the option's name. Muon leaves
+# the scales of norms to Adam.
+_OPTION_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "sgd": {"b1": ("momentum",)},
+    "muon": {"b1": ("beta", "adam_b1"), "b2": ("adam_b2",)},
+    "adafactor": {"b1": ("momentum",)},
 }
 # Without momentum, SGD has nothing to be cautious about. Muon's updates are scaled to
 # the size of AdamW's, which is what moves the parameters outside the blocks.
@@ -176,9 +177,9 @@ def _make(
         value = getattr(config, option)
         if value is None:
             continue
-        own_name = _OPTION_NAMES.get(base, {}).get(option, option)
-        require(own_name in parameters, f"{option}: {name} has no such setting")
-        options[own_name] = value
+        for own_name in _OPTION_NAMES.get(base, {}).get(option, (option,)):
+            require(own_name in parameters, f"{option}: {name} has no such setting")
+            options[own_name] = value
     if name == base:
         return _OPTIMIZERS[base](1.0, **options)
     try:

@@ -5,16 +5,21 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from examples.llama import log
 from examples.llama.config import TrainConfig, base_name, title
 from examples.llama.model import count_parameters
+
+markdown_table = partial(tabulate, tablefmt="github", disable_numparse=True)
+"""Formats rows under a header, in Markdown."""
 
 
 class Run(NamedTuple):
@@ -180,7 +185,7 @@ def table(histories: Sequence[History]) -> str:
         base = groups.get((base_name(name), rate))
         ratio = _ratio(base, seeds) if base and name != base_name(name) else ""
         rows.append([f"{rate:g}", title(name), *cells, ratio])
-    return markdown_table(header, rows)
+    return markdown_table(rows, header)
 
 
 def verdicts(histories: Sequence[History]) -> list[str]:
@@ -248,16 +253,6 @@ def _spread(values: Sequence[float], form: str) -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ({min(values):{form}} to {max(values):{form}})"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Formats a table whose columns line up."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines
-    )
 
 
 def text(histories: Sequence[History], config: TrainConfig) -> str:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from examples.llama import log
 from examples.llama.checks import InputError, require
 from examples.llama.command_line import Start, run_training_command
-from examples.llama.config import TrainConfig, title
+from examples.llama.config import TrainConfig, require_learning_rate, title
 from examples.llama.loop import identity, is_over, preemption, training
 from examples.llama.model import count_parameters
 
@@ -75,6 +75,7 @@ def train(
         config: the run.
     """
     del start  # It has become the defaults of the configuration.
+    require_learning_rate(config)
     processes.join()
     run_dir = run_dir or default_run_dir(config)
     speaks = jax.process_index() == 0

@@ -186,6 +186,11 @@ def test_plan(config):
         assert optimizer.min_fraction == (0.1 if cautious else None)
     (run,) = compare.plan(("lion",), (), (0,), config)
     assert run == ("lion", 5e-4, 0)
+    given = replace(config, optimizer=OptimizerConfig(learning_rate=3e-4))
+    (run,) = compare.plan(("lion",), (), (0,), given)
+    assert run == ("lion", 3e-4, 0)
+    (run,) = compare.plan(("lion",), (1e-3,), (0,), given)
+    assert run == ("lion", 1e-3, 0)
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -274,7 +279,7 @@ def test_from_the_command_line(config, tmp_path, capsys):
         --vocab-size 300 --hidden-size 32 --num-layers 1 --sequence-length 32
         --batch-size 8 --validation-batches 2"""
     run_training_command(compare.compare, command.split())
-    assert "| 0.001         | Lion      |" in capsys.readouterr().out
+    assert "| 0.001           | Lion        |" in capsys.readouterr().out
 
 
 # Errors

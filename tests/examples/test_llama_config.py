@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("tyro", reason="needs the extra [examples]")
 
+from examples.llama import compare, train
 from examples.llama.checks import InputError
 from examples.llama.command_line import Start, run_training_command
 from examples.llama.config import (
@@ -99,10 +100,17 @@ def test_a_saved_configuration_is_the_same(config, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not the configuration of a run: Expecting"),
+        ("{", "not the configuration of a run: Invalid JSON"),
         ("[]", "not the configuration of a run"),
-        ("{}", "not the configuration of a run: 'model'"),
-        (to_json(TrainConfig()).replace("seed", "sed"), "unexpected .* 'sed'"),
+        (to_json(TrainConfig()).replace("seed", "sed"), "run: sed: Unexpected"),
+        (
+            to_json(TrainConfig()).replace('"data": []', '"data": "corpus.txt"'),
+            r"run: data\.data: Input should be a valid array",
+        ),
+        (
+            to_json(TrainConfig()).replace('"remat": false', '"remat": "no"'),
+            r"run: model\.remat: Input should be a valid boolean",
+        ),
         (to_json(TrainConfig()).replace('"steps": 600', '"steps": 0'), "steps is 0"),
     ],
 )
@@ -237,3 +245,12 @@ def test_the_saved_configuration_is_json_with_every_setting():
     values = json.loads(to_json(TrainConfig()))
     assert set(values) == set(TrainConfig.__dataclass_fields__)
     assert set(values["data"]) == set(DataConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("command", [train.train, compare.compare])
+def test_the_default_learning_rate_is_not_for_larger_models(command, tmp_path):
+    arguments = ["--model", "60m", f"--data={tmp_path}/none"]
+    with pytest.raises(SystemExit, match=r"^error: learning_rate: .* here it is 512"):
+        run_training_command(command, arguments)
+    with pytest.raises(SystemExit, match=r"^error: data: there is no"):
+        run_training_command(command, ["--learning-rate=1e-3", *arguments])

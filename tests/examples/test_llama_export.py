@@ -40,9 +40,9 @@ from examples.llama.checkpoint import Checkpoints
 from examples.llama.checks import InputError
 from examples.llama.command_line import run_command
 from examples.llama.config import DataConfig, ModelConfig, TrainConfig, to_json
-from examples.llama.data import encode, train_tokenizer
 from examples.llama.generate import Run, Sampling, Source
 from examples.llama.step import TrainState, init_state, make_graphdef
+from examples.llama.tokenizer import encode, train_tokenizer
 
 MODEL = ModelConfig(
     vocab_size=300,

@@ -27,11 +27,11 @@ from examples.llama.checks import InputError
 from examples.llama.command_line import run_command
 from examples.llama.config import DataConfig, ModelConfig, TrainConfig
 from examples.llama.config import to_json as config_to_json
-from examples.llama.data import load_tokenizer, train_tokenizer
 from examples.llama.generate import Run, Sampling, Source
 from examples.llama.model import make_cache
 from examples.llama.sharding import make_mesh, shardings
 from examples.llama.step import TrainState, init_state, make_graphdef
+from examples.llama.tokenizer import load_tokenizer, train_tokenizer
 
 MODEL = ModelConfig(
     vocab_size=300,

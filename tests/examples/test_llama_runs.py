@@ -20,22 +20,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-for _module in ("grain", "orbax.checkpoint", "tensorboardX", "tokenizers", "tyro"):
+for _module in (
+    "grain",
+    "orbax.checkpoint",
+    "safetensors",
+    "tensorboardX",
+    "tokenizers",
+    "tyro",
+):
     pytest.importorskip(_module, reason="needs the extra [examples]")
 
 # ruff: noqa: E402
 
 import grain
+from safetensors.numpy import load_file
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from examples.llama import log, loop
+from examples.llama import export, generate, log, loop
 from examples.llama import train as program
 from examples.llama.checkpoint import Checkpoints, checksum, size
 from examples.llama.checks import InputError
-from examples.llama.command_line import run_training_command
+from examples.llama.command_line import run_command, run_training_command
 from examples.llama.config import DataConfig, OptimizerConfig, TrainConfig, to_json
 from examples.llama.loop import training
+from examples.llama.model import count_parameters
 from examples.llama.optimizer import make_optimizer
 from examples.llama.step import TrainState, init_state
 from tests.examples.llama_fixtures import (
@@ -318,6 +327,40 @@ def test_settings_that_may_change_in_a_run(config, run_dir, whole, tmp_path):
         found = [r[name] for r in records]
         assert found == pytest.approx([r[name] for r in whole], rel=1e-4)
     assert saved(run_dir)[-3:] == [STOPPED, 20, STEPS]
+
+
+def test_text_that_has_changed(config, run_dir, tmp_path):
+    (documents,) = map(Path, config.data.data)
+    there = shutil.copytree(documents, tmp_path / "documents")
+    file = next(file for file in sorted(there.iterdir()) if file.is_file())
+    file.write_text(file.read_text() + " and")
+    data = replace(config.data, data=(str(there),))
+    # As where the directory has been written to, and is still the same setting.
+    changed = replace(config, data=data)
+    text = (run_dir / loop.CONFIG_NAME).read_text()
+    (run_dir / loop.CONFIG_NAME).write_text(text.replace(str(documents), str(there)))
+    before = read_log(run_dir)
+    with pytest.raises(InputError, match=r"^run_dir: .* was trained on other text: "):
+        train(changed, run_dir)
+    (run_dir / loop.CORPUS_NAME).unlink()
+    (run_dir / loop.TOKENIZER_NAME).write_text("{}")
+    with pytest.raises(InputError, match=r"^run_dir: .* has another tokenizer: "):
+        train(changed, run_dir)
+    assert read_log(run_dir) == before
+
+
+def test_a_run_is_sampled_from_and_exported(config, whole_dir, tmp_path, capsys):
+    source = ["--run-dir", str(whole_dir)]
+    sampling = ["--temperature", "0", "--tokens", "5", "--prompt", "the "]
+    run_command(generate.generate, [*source, *sampling])
+    text = capsys.readouterr().out
+    assert text.startswith("the ")
+    assert len(text) > len("the \n")
+    run_command(export.export, [*source, "--output-dir", str(tmp_path / "hf")])
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    assert sum(map(np.size, tensors.values())) == count_parameters(config.model)
+    head = tensors["lm_head.weight"]
+    assert head.shape == (config.model.vocab_size, config.model.hidden_size)
 
 
 def test_the_best_is_kept_when_a_run_goes_on(config, run_dir):
