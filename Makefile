@@ -58,7 +58,7 @@ test-floor:
 	.venv-floor/bin/python -m pytest --numprocesses auto --ignore tests/examples
 
 test-tpu:
-	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.test
+	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.test .venv-tpu/.examples
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_tpu.py
 
 # What examples.llama exports, in transformers and PyTorch.

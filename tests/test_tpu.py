@@ -6,7 +6,10 @@ Nothing is executed: the compiler runs on any machine. ``make test-tpu`` install
 import importlib.util
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip(
@@ -55,3 +58,46 @@ def test_without_the_barrier_half_an_array_more(monkeypatch):
     monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
     found = account("cautious_adamw", LARGE, "float32", make_mesh(TOPOLOGY))
     assert found.moved == pytest.approx(9.5, abs=0.01)
+
+
+def test_a_whole_training_step():
+    pytest.importorskip("grain", reason="needs the extra [examples]")
+    from examples.llama import compile_only
+    from examples.llama.config import ModelConfig, TrainConfig
+    from examples.llama.model import count_parameters
+
+    model = ModelConfig(hidden_size=256, num_layers=2, num_kv_heads=4, unroll=1)
+    config = TrainConfig(model=model)
+    found = compile_only.account(config, TOPOLOGY)
+    # Four bytes of each on four chips, but for the norms, which are on all of them.
+    assert found.parameters == pytest.approx(count_parameters(model), rel=0.01)
+    assert found.moments == pytest.approx(2 * found.parameters, rel=0.01)
+    assert found.peak > found.parameters + found.moments
+    # The optimizer alone moves nine arrays, and its state is moved by nothing else.
+    assert found.accessed > 9 * found.parameters
+    peaks = compile_only.evaluation_peaks(config, TOPOLOGY)
+    assert found.parameters + found.moments < peaks["validation loss"] < found.peak
+    assert peaks["aligned fraction"] == pytest.approx(found.peak, rel=0.1)
+
+
+def test_collectives_are_counted_as_often_as_their_loop_runs():
+    pytest.importorskip("grain", reason="needs the extra [examples]")
+    from examples.llama.compile_only import collectives
+
+    mesh = make_mesh(TOPOLOGY)
+
+    def add_up(x, times):
+        def once(x, _):
+            total = jax.lax.with_sharding_constraint(
+                x.sum(0, keepdims=True), NamedSharding(mesh, P())
+            )
+            return jnp.cos(x) + total, None
+
+        return jax.lax.scan(once, x, length=times)[0]
+
+    shape = jax.ShapeDtypeStruct(
+        (512, 1024), jnp.float32, sharding=NamedSharding(mesh, P("fsdp"))
+    )
+    jitted = jax.jit(add_up, static_argnums=1)
+    found = collectives(str(jitted.lower(shape, 11).compile().as_text()))
+    assert found == {"all-reduce": (11, 11 * 4 * 1024)}

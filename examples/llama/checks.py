@@ -1,9 +1,10 @@
 """The error of bad input, and the checks that raise it."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+
+_LONGEST = 300
 
 
 class InputError(ValueError):
@@ -45,4 +46,5 @@ def make_directory(name: str, path: Path) -> None:
 
 def reason(error: Exception) -> str:
     """Writes what an error says in one line, which some packages' do in many."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."

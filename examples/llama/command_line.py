@@ -43,7 +43,7 @@ def starting_config(start: Start) -> TrainConfig:
     config = PRESETS[start.preset]
     if start.config_file is not None:
         try:
-            text = start.config_file.read_text()
+            text = start.config_file.read_text("utf-8")
         except OSError as error:
             raise InputError(
                 f"config_file: cannot read {start.config_file} ({error.strerror})"

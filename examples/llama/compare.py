@@ -148,8 +148,8 @@ def compare(
 
     Args:
         optimizers: those to train with. One and its cautious version are compared.
-        learning_rates: train each at each of these. Not given: at --learning-rate, and
-            without that at its default.
+        learning_rates: train each at each of these. Not given: at --learning-rate,
+            which may be of the --config-file, and without that at its default.
         seeds: train each with each of these, of weights and data.
         output_dir: where each run has its directory, and report.md, report.csv and
             report.png are written.

@@ -62,7 +62,8 @@ class Account:
     """Activations, gradients and gathered parameters."""
     peak: float
     accessed: float
-    """Read and written in a step, or in a part of it if there are several."""
+    """Read and written in a step, or in a part of it if there are several, without what
+    is moved ahead of its use."""
     collectives: Mapping[str, Collective]
 
 
@@ -152,19 +153,29 @@ def _accessed(
     """Returns the bytes that a step accesses.
 
     The compiler counts the body of a loop once, however often it runs. The same step
-    with two blocks in each iteration tells how much a block is.
+    with two blocks in each iteration tells how much a block is. A short loop it may
+    take apart, so a few blocks are counted one by one.
     """
 
-    def cost(unroll: int) -> float:
-        there = replace(config, model=replace(config.model, unroll=unroll))
-        step = lower_train_step(there, tx, mesh, abstract_batch(there, mesh))
-        analysis: Any = step.compile(compiler_options=_ONCE).cost_analysis()
-        return float(analysis["bytes accessed"])
+    def unrolled(blocks: int) -> float:
+        model = replace(config.model, unroll=blocks)
+        return bytes_accessed(replace(config, model=model), tx, mesh)
 
     layers = config.model.num_layers
+    if layers < 8:
+        return unrolled(layers)
+    one, two = unrolled(1), unrolled(2)
     # An odd block is outside of the loop.
-    one, two = cost(1), cost(2)
     return one + (layers - 1) * (two - one) / (1 + layers % 2)
+
+
+def bytes_accessed(
+    config: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh
+) -> float:
+    """Compiles the step; returns the bytes that it accesses, each loop's body once."""
+    step = lower_train_step(config, tx, mesh, abstract_batch(config, mesh))
+    analysis: Any = step.compile(compiler_options=_ONCE).cost_analysis()
+    return float(analysis["bytes accessed"])
 
 
 def collectives(text: str) -> dict[str, Collective]:

@@ -462,6 +462,8 @@ def from_json(text: str, source: str) -> TrainConfig:
     except pydantic.ValidationError as error:
         wrong = [
             ": ".join([*[".".join(map(str, e["loc"]))] * bool(e["loc"]), e["msg"]])
+            # Of the checks above, pydantic says so.
+            .replace("Value error, ", "")
             for e in error.errors()
         ]
         raise InputError(

@@ -96,7 +96,7 @@ def load_run(source: Source) -> Run:
     """
     path = source.run_dir / CONFIG_NAME
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
     except OSError as error:
         raise InputError(
             f"run_dir: {source.run_dir} holds no run: cannot read {path} "

@@ -4,6 +4,7 @@ The directory holds the configuration, the tokenizer, the log and the checkpoint
 that was interrupted goes on from its last checkpoint, and its log does too.
 """
 
+import hashlib
 import shutil
 import signal
 import threading
@@ -42,6 +43,8 @@ TOKENIZER_NAME = "tokenizer.json"
 CORPUS_NAME = "corpus.sha256"
 CHECKPOINTS_NAME = "checkpoints"
 
+_VISIBLE_SECONDS = 60
+
 
 def training(
     config: TrainConfig,
@@ -70,6 +73,8 @@ def training(
     tx = make_optimizer(config.optimizer, config.steps)
     with together():
         records = _open_run(config, run_dir)
+    with together():
+        _require_shared(run_dir)
     if is_over(records, config.steps) and _is_saved(records, run_dir):
         yield records
         return
@@ -78,6 +83,8 @@ def training(
         _require_space(run_dir, size(like), config.keep)
         if data is None:
             data = load_run_data(config)
+    _require_same_data(data)
+    with together():
         _keep_data(data, run_dir, records)
 
     batches = iter(data.train)
@@ -330,26 +337,46 @@ def together() -> Iterator[None]:
         raise error
 
 
+def _require_same_data(data: Data) -> None:
+    """Checks that all processes have the same text and the same tokenizer."""
+    if jax.process_count() == 1:
+        return
+    text = data.fingerprint + data.tokenizer.to_str()
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
+    different = (digests != digests[0]).any(axis=1)
+    require(
+        not different.any(),
+        f"data: process {int(np.argmax(different))} has other text, or another "
+        "tokenizer, than process 0; give the same to all",
+    )
+
+
 def _keep_data(data: Data, run_dir: Path, records: list[log.Record]) -> None:
     """Writes what data the run is on, or checks that it is that of the steps before."""
-    for name, text, what in (
-        (CORPUS_NAME, data.fingerprint + "\n", "was trained on other text"),
-        (TOKENIZER_NAME, data.tokenizer.to_str(pretty=True), "has another tokenizer"),
+    corpus, tokenizer = run_dir / CORPUS_NAME, run_dir / TOKENIZER_NAME
+    texts = {
+        corpus: data.fingerprint + "\n",
+        tokenizer: data.tokenizer.to_str(pretty=True),
+    }
+    for path, what in (
+        (corpus, "was trained on other text"),
+        (tokenizer, "has another tokenizer"),
     ):
-        path = run_dir / name
         require(
-            not records or not path.exists() or path.read_text() == text,
+            not records or not path.exists() or path.read_text("utf-8") == texts[path],
             f"run_dir: the run in {run_dir} {what}: the data have changed since; "
             "choose another --run-dir",
         )
-        if jax.process_index() == 0:
+    if jax.process_index() == 0:
+        for path, text in texts.items():
             _write_whole(path, text)
 
 
 def _write_whole(path: Path, text: str) -> None:
     """Writes a file that is there as a whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
+    partial.write_text(text, "utf-8")
     partial.replace(path)
 
 
@@ -358,7 +385,7 @@ def _open_run(config: TrainConfig, run_dir: Path) -> list[log.Record]:
     make_directory("run_dir", run_dir)
     path = run_dir / CONFIG_NAME
     if path.exists():
-        there = identity(from_json(path.read_text(), str(path)))
+        there = identity(from_json(path.read_text("utf-8"), str(path)))
         here = identity(config)
         different = sorted(name for name in here if here[name] != there.get(name))
         require(
@@ -373,6 +400,21 @@ def _open_run(config: TrainConfig, run_dir: Path) -> list[log.Record]:
         )
         _write_whole(path, to_json(config))
     return log.read(run_dir)
+
+
+def _require_shared(run_dir: Path) -> None:
+    """Checks that this process sees what process 0 has written.
+
+    A network's file system may show it a while later.
+    """
+    end = time.monotonic() + _VISIBLE_SECONDS
+    while not (run_dir / CONFIG_NAME).exists():
+        require(
+            time.monotonic() < end,
+            f"run_dir: process {jax.process_index()} does not see in {run_dir} what "
+            "process 0 has written there; choose a directory that all processes share",
+        )
+        time.sleep(1)
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ for _module in ("grain", "matplotlib", "tokenizers", "tqdm", "tyro"):
 
 # ruff: noqa: E402
 
+from examples.llama import model as model_module
 from examples.llama import step
 from examples.llama.config import MODELS, ModelConfig
 from examples.llama.model import Attention, Llama, count_parameters, rotary_embedding
@@ -102,6 +104,26 @@ def test_rotary_frequencies():
     cos, sin = np.cos(angles), np.sin(angles)
     expected = np.concatenate([cos - sin, cos + sin])
     np.testing.assert_allclose(rotary_embedding(x, 100.0)[0, 3, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "chosen"),
+    [
+        ("PJRT C API\ncuda 12090", jnp.bfloat16, 128, "cudnn"),
+        ("PJRT C API\ncuda 12090", jnp.bfloat16, 136, None),
+        ("PJRT C API\ncuda 12090", jnp.bfloat16, 100, None),
+        ("PJRT C API\ncuda 12090", jnp.float32, 128, None),
+        ("PJRT C API\nrocm 60300", jnp.bfloat16, 128, None),
+        ("cpu", jnp.bfloat16, 128, None),
+    ],
+)
+def test_attention_is_cudnns_where_it_has_a_kernel(
+    platform, dtype, head_dim, chosen, monkeypatch
+):
+    backend = SimpleNamespace(platform_version=platform)
+    monkeypatch.setattr(jax.extend.backend, "get_backend", lambda: backend)
+    query = jnp.zeros((1, 2, 1, head_dim), dtype)
+    assert model_module._attention_implementation(query) == chosen
 
 
 def test_grouped_queries_are_heads_that_share_keys_and_values():

@@ -346,6 +346,7 @@ def test_text_that_has_changed(config, run_dir, tmp_path):
     (run_dir / loop.TOKENIZER_NAME).write_text("{}")
     with pytest.raises(InputError, match=r"^run_dir: .* has another tokenizer: "):
         train(changed, run_dir)
+    assert not (run_dir / loop.CORPUS_NAME).exists()
     assert read_log(run_dir) == before
 
 
@@ -633,13 +634,13 @@ def test_a_run_killed_when_it_begins_begins_again(
     while True:
         left = writes
 
-        def killed(path, text):
+        def killed(path, text, encoding=None):
             nonlocal left
             left -= 1
             if left < 0:
-                write_text(path, text[:10])
+                write_text(path, text[:10], encoding)
                 raise KeyboardInterrupt
-            write_text(path, text)
+            write_text(path, text, encoding)
 
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_text", killed)

@@ -19,6 +19,8 @@ for _module in ("grain", "orbax.checkpoint", "tensorboardX", "tokenizers", "tyro
 
 # ruff: noqa: E402
 
+from tokenizers import Tokenizer, models
+
 import optax_cautious
 from examples.llama import loop, step
 from examples.llama.checkpoint import checksum
@@ -30,6 +32,7 @@ from examples.llama.config import (
     TrainConfig,
     base_name,
 )
+from examples.llama.data import Data
 from examples.llama.optimizer import make_optimizer, make_schedule, per_layer
 from examples.llama.sharding import BATCH, make_mesh, shardings, specs
 from examples.llama.step import mean_gradient
@@ -535,19 +538,28 @@ def test_an_embedding_that_is_exempt_is_the_optimizers_without_caution(name):
 @pytest.mark.parametrize(
     ("name", "theirs"),
     [
-        ("sgd", lambda b1: optax.sgd(1.0, momentum=b1)),
-        ("adafactor", lambda b1: optax.adafactor(1.0, momentum=b1)),
-        ("muon", lambda b1: optax.contrib.muon(1.0, beta=b1, consistent_rms=0.2)),
+        ("sgd", optax.sgd(1.0, momentum=0.7)),
+        ("adafactor", optax.adafactor(1.0, momentum=0.7)),
+        (
+            "muon",
+            optax.contrib.muon(
+                1.0, beta=0.7, adam_b1=0.7, adam_b2=0.8, consistent_rms=0.2
+            ),
+        ),
     ],
 )
-def test_b1_goes_by_the_optimizers_own_name(name, theirs):
+def test_settings_go_by_the_optimizers_own_names(name, theirs):
     config = OptimizerConfig(
-        optimizer=name, learning_rate=1.0, b1=0.7, max_grad_norm=None
+        optimizer=name,
+        learning_rate=1.0,
+        b1=0.7,
+        b2=0.8 if name == "muon" else None,
+        max_grad_norm=None,
     )
     constant = replace(config, warmup_fraction=0.0, final_fraction=1.0)
     params, _ = descend(make_optimizer(constant, STEPS), PARAMS, GRADIENTS)
     expected, _ = descend(
-        theirs(0.7), layer(PARAMS["blocks"], 0), layer(GRADIENTS["blocks"], 0, axis=1)
+        theirs, layer(PARAMS["blocks"], 0), layer(GRADIENTS["blocks"], 0, axis=1)
     )
     close(layer(params["blocks"], 0), expected, rtol=1e-3)
 
@@ -741,3 +753,32 @@ def test_two_processes_end_where_one_cannot_start(two_processes, tmp_path):
     assert (first, second) == (1, 1)
     assert f"error: run_dir: {run_dir} is not empty and holds no run" in said
     assert "error: process 0 cannot start; its message says why" in of_the_other
+
+
+def test_a_run_directory_that_is_not_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_VISIBLE_SECONDS", 0)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(InputError, match=r"process 1 does not see .* all processes sh"):
+        next(loop.training(CONFIG, tmp_path / "of its own"))
+    assert not list((tmp_path / "of its own").iterdir())
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"fingerprint": "1" * 64}, {"tokenizer": Tokenizer(models.BPE())}]
+)
+def test_all_processes_have_the_same_text(change, monkeypatch):
+    data = Data(Tokenizer(models.WordLevel({})), None, None, fingerprint="0" * 64)
+    digests = []
+
+    def allgather(digest):
+        digests.append(digest)
+        return np.stack([digests[0], digest])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.multihost_utils, "process_allgather", allgather)
+    loop._require_same_data(data)
+    if change:
+        with pytest.raises(InputError, match=r"^data: process 1 has other text, or an"):
+            loop._require_same_data(replace(data, **change))
+    else:
+        loop._require_same_data(replace(data))
