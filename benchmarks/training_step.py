@@ -30,9 +30,9 @@ from examples.llama.config import (
     title,
     with_model,
 )
-from examples.llama.loop import lower_train_step, make_state
 from examples.llama.model import count_parameters
 from examples.llama.optimizer import make_optimizer
+from examples.llama.programs import lower_train_step, make_state
 from examples.llama.sharding import BATCH, make_mesh
 
 OPTIMIZERS: list[OptimizerName] = ["adamw", "cautious_adamw"]

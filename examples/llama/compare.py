@@ -22,7 +22,8 @@ from examples.llama.config import (
     require_learning_rate,
     title,
 )
-from examples.llama.loop import is_over, load_run_data, preemption, training
+from examples.llama.loop import is_over, load_run_data, training
+from examples.llama.processes import preemption
 from examples.llama.report import Run
 
 

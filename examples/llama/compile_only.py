@@ -23,9 +23,9 @@ from examples.llama import log
 from examples.llama.checks import InputError
 from examples.llama.command_line import Start, run_training_command
 from examples.llama.config import TrainConfig, title
-from examples.llama.loop import lower_programs, lower_train_step, state_like
 from examples.llama.model import count_parameters
 from examples.llama.optimizer import make_optimizer
+from examples.llama.programs import lower_programs, lower_train_step, state_like
 from examples.llama.report import markdown_table
 from examples.llama.sharding import BATCH, make_mesh
 
@@ -158,8 +158,10 @@ def _accessed(
     """
 
     def unrolled(blocks: int) -> float:
-        model = replace(config.model, unroll=blocks)
-        return bytes_accessed(replace(config, model=model), tx, mesh)
+        there = replace(config, model=replace(config.model, unroll=blocks))
+        step = lower_train_step(there, tx, mesh, abstract_batch(there, mesh))
+        analysis: Any = step.compile(compiler_options=_ONCE).cost_analysis()
+        return float(analysis["bytes accessed"])
 
     layers = config.model.num_layers
     if layers < 8:
@@ -167,15 +169,6 @@ def _accessed(
     one, two = unrolled(1), unrolled(2)
     # An odd block is outside of the loop.
     return one + (layers - 1) * (two - one) / (1 + layers % 2)
-
-
-def bytes_accessed(
-    config: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh
-) -> float:
-    """Compiles the step; returns the bytes that it accesses, each loop's body once."""
-    step = lower_train_step(config, tx, mesh, abstract_batch(config, mesh))
-    analysis: Any = step.compile(compiler_options=_ONCE).cost_analysis()
-    return float(analysis["bytes accessed"])
 
 
 def collectives(text: str) -> dict[str, Collective]:

@@ -462,7 +462,7 @@ def from_json(text: str, source: str) -> TrainConfig:
     except pydantic.ValidationError as error:
         wrong = [
             ": ".join([*[".".join(map(str, e["loc"]))] * bool(e["loc"]), e["msg"]])
-            # Of the checks above, pydantic says so.
+            # What pydantic says before the message of a __post_init__.
             .replace("Value error, ", "")
             for e in error.errors()
         ]

@@ -21,8 +21,8 @@ from examples.llama.checkpoint import restore_params, saved_steps
 from examples.llama.checks import InputError, require, require_positive
 from examples.llama.command_line import run_command
 from examples.llama.config import ModelConfig, TrainConfig, from_json
-from examples.llama.loop import CHECKPOINTS_NAME, CONFIG_NAME, TOKENIZER_NAME
 from examples.llama.model import Cache, make_cache
+from examples.llama.run_dir import CHECKPOINTS_NAME, CONFIG_NAME, TOKENIZER_NAME
 from examples.llama.step import Params, init_state, make_graphdef
 from examples.llama.tokenizer import encode, load_tokenizer
 

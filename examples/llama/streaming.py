@@ -18,9 +18,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from examples.llama.cache import cached
 from examples.llama.checks import InputError, reason, require
 from examples.llama.config import DataConfig
+from examples.llama.disk_cache import cached
 from examples.llama.tokenizer import (
     DOCUMENTS_AT_ONCE,
     encode,

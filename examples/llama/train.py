@@ -5,18 +5,19 @@ goes on from its last checkpoint when the same command is given again.
 """
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
 from examples.llama import log
-from examples.llama.checks import InputError, require
+from examples.llama.checks import InputError
 from examples.llama.command_line import Start, run_training_command
 from examples.llama.config import TrainConfig, require_learning_rate, title
-from examples.llama.loop import identity, is_over, preemption, training
+from examples.llama.loop import is_over, training
 from examples.llama.model import count_parameters
+from examples.llama.processes import Processes, preemption
+from examples.llama.run_dir import identity
 
 
 def default_run_dir(config: TrainConfig) -> Path:
@@ -26,43 +27,10 @@ def default_run_dir(config: TrainConfig) -> Path:
     return Path("outputs/llama") / f"{config.optimizer.optimizer}-{key}"
 
 
-@dataclass(frozen=True)
-class Processes:
-    """How several processes find each other.
-
-    On a TPU slice and under Slurm, --distributed is enough.
-    """
-
-    distributed: bool = False
-    """This is one of several processes, which train one model together."""
-    coordinator: str | None = None
-    """Address and port of the first of them."""
-    num_processes: int | None = None
-    """How many there are."""
-    process_id: int | None = None
-    """Which this is, from 0."""
-
-    def join(self) -> None:
-        """Waits for the others.
-
-        Raises:
-            InputError: for an address or a number without ``distributed``, and where
-                the others are not found.
-        """
-        given = (self.coordinator, self.num_processes, self.process_id)
-        if not self.distributed:
-            require(given == (None,) * 3, "coordinator: give --distributed, too")
-            return
-        try:
-            jax.distributed.initialize(*given)
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"distributed: {error}") from error
-
-
 def train(
     run_dir: Path | None = None,
     start: Start = Start(),  # noqa: B008 (frozen)
-    processes: Processes = Processes(),
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
     config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Train a Llama, or go on with a training that has been interrupted.

@@ -14,6 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from examples.llama import log, loop
+from examples.llama import run_dir as run_directory
 from examples.llama.config import ModelConfig, to_json
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +97,7 @@ def _remembering(function):
     found = {}
 
     def remembering(config, tx, mesh, *arrays):
-        key = str(loop.identity(config)), tuple(mesh.shape.values())
+        key = str(run_directory.identity(config)), tuple(mesh.shape.values())
         if key not in found:
             found[key] = function(config, tx, mesh, *arrays)
         # A state is given away to the first step.

@@ -157,7 +157,7 @@ def test_a_cache_directory_that_cannot_be_written(config, tmp_path, monkeypatch)
     def refuse(dir):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("examples.llama.cache.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("examples.llama.disk_cache.tempfile.mkdtemp", refuse)
     with pytest.raises(InputError, match=r"cache_dir: cannot write to .*Permission"):
         load_data(replace(config, cache_dir=tmp_path), 300, 0)
 

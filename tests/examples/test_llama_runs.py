@@ -46,10 +46,13 @@ from examples.llama.config import DataConfig, OptimizerConfig, TrainConfig, to_j
 from examples.llama.loop import training
 from examples.llama.model import count_parameters
 from examples.llama.optimizer import make_optimizer
+from examples.llama.processes import preemption
+from examples.llama.run_dir import CONFIG_NAME, CORPUS_NAME, TOKENIZER_NAME
 from examples.llama.step import TrainState, init_state
 from tests.examples.llama_fixtures import (
     MODEL,
     Command,
+    largest_file,
     little_compilation,
     programs_compiled_once,
     read_log,
@@ -128,11 +131,6 @@ def saved(run_dir):
 
 def checksum_of(run_dir, step):
     return (run_dir / "checkpoints" / str(step) / "checksum" / "metadata").read_text()
-
-
-def largest_file(directory):
-    files = (file for file in directory.rglob("*") if file.is_file())
-    return max(files, key=lambda file: file.stat().st_size)
 
 
 # The log
@@ -289,7 +287,7 @@ def test_sigterm_saves_and_ends(config, whole, cache, tmp_path):
 
 def test_sigterm_is_asked_for_after_each_step_and_then_as_before():
     before = signal.getsignal(signal.SIGTERM)
-    with loop.preemption() as stop:
+    with preemption() as stop:
         assert not stop(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop(2)
@@ -337,16 +335,16 @@ def test_text_that_has_changed(config, run_dir, tmp_path):
     data = replace(config.data, data=(str(there),))
     # As where the directory has been written to, and is still the same setting.
     changed = replace(config, data=data)
-    text = (run_dir / loop.CONFIG_NAME).read_text()
-    (run_dir / loop.CONFIG_NAME).write_text(text.replace(str(documents), str(there)))
+    text = (run_dir / CONFIG_NAME).read_text()
+    (run_dir / CONFIG_NAME).write_text(text.replace(str(documents), str(there)))
     before = read_log(run_dir)
     with pytest.raises(InputError, match=r"^run_dir: .* was trained on other text: "):
         train(changed, run_dir)
-    (run_dir / loop.CORPUS_NAME).unlink()
-    (run_dir / loop.TOKENIZER_NAME).write_text("{}")
+    (run_dir / CORPUS_NAME).unlink()
+    (run_dir / TOKENIZER_NAME).write_text("{}")
     with pytest.raises(InputError, match=r"^run_dir: .* has another tokenizer: "):
         train(changed, run_dir)
-    assert not (run_dir / loop.CORPUS_NAME).exists()
+    assert not (run_dir / CORPUS_NAME).exists()
     assert read_log(run_dir) == before
 
 

@@ -22,7 +22,7 @@ for _module in ("grain", "orbax.checkpoint", "tensorboardX", "tokenizers", "tyro
 from tokenizers import Tokenizer, models
 
 import optax_cautious
-from examples.llama import loop, step
+from examples.llama import loop, processes, programs, run_dir, step
 from examples.llama.checkpoint import checksum
 from examples.llama.checks import InputError
 from examples.llama.config import (
@@ -86,9 +86,9 @@ def trajectory(config):
     """Trains on a mesh, and returns loss and gradient norm of each step."""
     mesh = make_mesh(config)
     tx = make_optimizer(config.optimizer, config.steps)
-    state = loop.make_state(config, tx, mesh)
+    state = programs.make_state(config, tx, mesh)
     batches = [jax.device_put(b, NamedSharding(mesh, P(BATCH))) for b in walks()]
-    train_step = loop.lower_train_step(config, tx, mesh, batches[0]).compile()
+    train_step = programs.lower_train_step(config, tx, mesh, batches[0]).compile()
     measured = []
     for batch in batches:
         state, step_measured = train_step(state, batch)
@@ -162,7 +162,7 @@ def test_recomputing_saves_memory():
         model = replace(MODEL, num_layers=8, remat=remat)
         config = with_optimizer("sgd", model=model)
         mesh, tx = make_mesh(config), make_optimizer(config.optimizer, config.steps)
-        compiled = loop.lower_train_step(config, tx, mesh, walks()[0]).compile()
+        compiled = programs.lower_train_step(config, tx, mesh, walks()[0]).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(True) < 0.5 * temporaries(False)
@@ -203,10 +203,10 @@ def shard_shapes(tree):
 def test_parameters_and_what_is_kept_for_them_are_split():
     config = replace(CONFIG, mesh=(2, 2, 2))
     mesh, tx = make_mesh(config), make_optimizer(config.optimizer, config.steps)
-    state = loop.make_state(config, tx, mesh)
+    state = programs.make_state(config, tx, mesh)
     batch = jax.device_put(walks()[0], NamedSharding(mesh, P(BATCH)))
     assert batch.addressable_shards[0].data.shape == (2, 17)
-    train_step = loop.lower_train_step(config, tx, mesh, batch).compile()
+    train_step = programs.lower_train_step(config, tx, mesh, batch).compile()
     for _ in range(2):
         assert sorted(shard_shapes(state.params)) == sorted(SHARDS.items())
         kept = [found for found in shard_shapes(state.opt_state) if found[0]]
@@ -296,7 +296,7 @@ def test_no_device_holds_the_activations_of_all_sequences():
     config = with_optimizer("sgd", mesh=(2, 2, 2))
     mesh, tx = make_mesh(config), make_optimizer(config.optimizer, config.steps)
     batch = jax.device_put(walks()[0], NamedSharding(mesh, P(BATCH)))
-    program = loop.lower_train_step(config, tx, mesh, batch).compile().as_text()
+    program = programs.lower_train_step(config, tx, mesh, batch).compile().as_text()
     assert re.search(r"f32\[2,16,32\]", program)
     assert not re.search(r"f32\[(8,16|128),\d+\]", program)
 
@@ -756,7 +756,7 @@ def test_two_processes_end_where_one_cannot_start(two_processes, tmp_path):
 
 
 def test_a_run_directory_that_is_not_shared(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_VISIBLE_SECONDS", 0)
+    monkeypatch.setattr(run_dir, "VISIBLE_SECONDS", 0)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(InputError, match=r"process 1 does not see .* all processes sh"):
         next(loop.training(CONFIG, tmp_path / "of its own"))
@@ -775,10 +775,10 @@ def test_all_processes_have_the_same_text(change, monkeypatch):
         return np.stack([digests[0], digest])
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(loop.multihost_utils, "process_allgather", allgather)
-    loop._require_same_data(data)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", allgather)
+    processes.require_same_data(data)
     if change:
         with pytest.raises(InputError, match=r"^data: process 1 has other text, or an"):
-            loop._require_same_data(replace(data, **change))
+            processes.require_same_data(replace(data, **change))
     else:
-        loop._require_same_data(replace(data))
+        processes.require_same_data(replace(data))
