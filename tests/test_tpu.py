@@ -7,6 +7,8 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,7 +19,7 @@ if importlib.util.find_spec("libtpu") is None:
         allow_module_level=True,
     )
 
-from benchmarks.tpu import LARGE, MIXED, account, make_mesh
+from benchmarks.tpu import LARGE, MIXED, account, bytes_accessed, make_mesh
 
 TOPOLOGY = "v5e:2x2"
 
@@ -58,6 +60,36 @@ def test_without_the_barrier_half_an_array_more(monkeypatch):
     monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
     found = account("cautious_adamw", LARGE, "float32", make_mesh(TOPOLOGY))
     assert found.moved == pytest.approx(9.5, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "moved"), [("adamw", 8), ("cautious_adamw", 10)])
+def test_the_optimizer_of_a_whole_training_step(name, moved):
+    """One array more than alone: the gradients' norm, by which they are clipped."""
+    pytest.importorskip("grain", reason="needs the extra [examples]")
+    from benchmarks.training_step import with_optimizer
+    from examples.llama import compile_only, programs, sharding
+    from examples.llama.config import PRESETS, with_model
+    from examples.llama.optimizer import make_optimizer
+
+    config = with_optimizer(with_model(PRESETS["paper"], "1b"), name)
+    mesh = sharding.make_mesh(config, compile_only.topology_devices("v5e:4x4"))
+    tx = make_optimizer(config.optimizer, config.steps)
+    like = programs.state_like(config, tx, mesh)
+
+    def step(state, grads):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return type(state)(optax.apply_updates(state.params, updates), opt_state)
+
+    layout = jax.tree.map(lambda leaf: leaf.sharding, like)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=layout)
+    compiled = jitted.lower(like, like.params).compile(
+        compiler_options=compile_only.EACH_BYTE_ONCE
+    )
+    arrays = sum(
+        leaf.dtype.itemsize * np.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(like.params)
+    )
+    assert bytes_accessed(compiled) / arrays == pytest.approx(moved, abs=0.01)
 
 
 def test_a_whole_training_step():

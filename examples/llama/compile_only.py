@@ -39,9 +39,9 @@ _COLLECTIVES = (
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "u16": 2, "bf16": 2, "f16": 2}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
-# Else the compiler moves some arrays into the chip's vector memory ahead of their use,
-# and counts what it writes there and reads again.
-_ONCE: dict[str, str | bool] = {"xla_vf_vmem_max_outstanding_prefetches": "0"}
+EACH_BYTE_ONCE: dict[str, str | bool] = {"xla_vf_vmem_max_outstanding_prefetches": "0"}
+"""Else the compiler moves some arrays into the chip's vector memory ahead of their use,
+and counts what it writes there and reads again."""
 
 
 class Collective(NamedTuple):
@@ -160,7 +160,7 @@ def _accessed(
     def unrolled(blocks: int) -> float:
         there = replace(config, model=replace(config.model, unroll=blocks))
         step = lower_train_step(there, tx, mesh, abstract_batch(there, mesh))
-        analysis: Any = step.compile(compiler_options=_ONCE).cost_analysis()
+        analysis: Any = step.compile(compiler_options=EACH_BYTE_ONCE).cost_analysis()
         return float(analysis["bytes accessed"])
 
     layers = config.model.num_layers

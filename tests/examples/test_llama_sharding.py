@@ -564,6 +564,26 @@ def test_settings_go_by_the_optimizers_own_names(name, theirs):
     close(layer(params["blocks"], 0), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("steps_taken", [0, 2])
+def test_the_aligned_fraction_is_of_the_optimizer_without_decay(steps_taken):
+    """And does not wait for the warm-up, which begins at a learning rate of zero."""
+    found = []
+    for weight_decay in (0.0, 10.0):
+        config = with_optimizer("adamw")
+        tx = make_optimizer(config.optimizer, config.steps)
+        decayed = replace(config.optimizer, weight_decay=weight_decay)
+        config = replace(config, optimizer=decayed)
+        mesh = make_mesh(config)
+        batch, *_ = (jax.device_put(b, NamedSharding(mesh, P(BATCH))) for b in walks())
+        lowered = programs.lower_programs(config, tx, mesh, batch, batch[None])
+        train_step, _, aligned_fraction = (program.compile() for program in lowered)
+        state = programs.make_state(config, tx, mesh)
+        for _ in range(steps_taken):
+            state, _ = train_step(state, batch)
+        found.append(float(aligned_fraction(state, batch)))
+    assert found[0] == found[1] > 0.1
+
+
 # Messages
 
 
