@@ -34,6 +34,8 @@ quadratic: $(VENV)/.examples
 costs: $(VENV)/.examples
 	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.examples
 	$(BIN)/python -m benchmarks.cpu
+	XLA_FLAGS=--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED \
+	  $(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.growth
 	$(TRAIN) -m benchmarks.training_step cpu
 	.venv-tpu/bin/python -m benchmarks.tpu

@@ -1,5 +1,7 @@
 """Temporary memory on a CPU, where fresh memory is what a step waits for."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 SHAPES = [(512, 1376), (1024, 512), (3, 50257), (512,)]
 
 
-def temporaries(tx: optax.GradientTransformation) -> float:
+def temporaries(tx: optax.GradientTransformation, **options: str) -> float:
     """Returns the temporary memory of a step, in arrays of all parameters."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in SHAPES]
     state = jax.eval_shape(tx.init, params)
@@ -25,7 +27,7 @@ def temporaries(tx: optax.GradientTransformation) -> float:
         return optax.apply_updates(params, updates), state
 
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
-    used = compiled.compile().memory_analysis().temp_size_in_bytes
+    used = compiled.compile(options).memory_analysis().temp_size_in_bytes
     return used / (4 * sum(p.size for p in params))
 
 
@@ -45,6 +47,13 @@ def test_there_is_next_to_none(tx):
 
 def test_the_chain_keeps_the_update_and_nothing_more():
     assert temporaries(with_caution(optax.adamw(1e-3))) < 1.05
+
+
+def test_leaf_by_leaf_the_chain_keeps_the_update_of_one():
+    tx = with_caution(optax.adamw(1e-3))
+    sizes = [math.prod(shape) for shape in SHAPES]
+    used = temporaries(tx, xla_cpu_scheduler_type="CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
+    assert used == pytest.approx(max(sizes) / sum(sizes), abs=0.05)
 
 
 def test_the_plain_mean_would_take_as_much_as_the_parameters(monkeypatch):
