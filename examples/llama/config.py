@@ -8,7 +8,13 @@ from typing import Any, Literal, Self, get_args
 
 import pydantic
 
-from examples.llama.checks import InputError, require, require_choice, require_positive
+from examples.llama.checks import (
+    InputError,
+    require,
+    require_choice,
+    require_positive,
+    require_utf8,
+)
 
 OptimizerName = Literal[
     "adamw",
@@ -199,6 +205,17 @@ class DataConfig:
             f"validation_fraction is {self.validation_fraction}: it has to lie "
             "between 0 and 1",
         )
+        for path in self.data:
+            require_utf8("data", path)
+        for name in (
+            "text_column",
+            "train_split",
+            "validation_split",
+            "tokenizer",
+            "end_of_document",
+            "cache_dir",
+        ):
+            require_utf8(name, str(getattr(self, name)))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -189,6 +190,8 @@ def test_a_command_that_cannot_run_says_why(command, message, capsys):
         (DataConfig, {"shuffle_windows": 0}, "shuffle_windows is 0"),
         (DataConfig, {"validation_fraction": 1.0}, "validation_fraction is 1"),
         (DataConfig, {"validation_fraction": math.nan}, "validation_fraction is nan"),
+        (DataConfig, {"data": ("good", "b\udcffd")}, r"data: 'b\\udcffd' is not UTF-8"),
+        (DataConfig, {"cache_dir": Path("b\udcffd")}, r"cache_dir: .* is not UTF-8"),
         (OptimizerConfig, {"optimizer": "adam"}, "'adam': choose one of adamw, caut"),
         (OptimizerConfig, {"optimizer": "sgd"}, "learning_rate: .* default for sgd"),
         (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate is 0"),
