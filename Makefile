@@ -45,7 +45,7 @@ peers: $(VENV)/.examples $(VENV)/.peers $(VENV)/.parity
 	$(BIN)/python -m benchmarks.peers
 	$(TRAIN) -m benchmarks.llama
 
-test: $(VENV)/.examples $(VENV)/.test
+test: $(VENV)/.examples $(VENV)/.hf $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto
 
 # Without the examples and what they install.
