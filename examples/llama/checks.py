@@ -32,16 +32,16 @@ def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def require_utf8(name: str, value: str) -> None:
-    """Raises an ``InputError`` unless the value is text that a file can hold.
+    """Raises an ``InputError`` unless the value can be written as UTF-8.
 
-    The name of a file need not be: bytes that are no text arrive as surrogates.
+    The path of a file need not be: bytes that are no text arrive as surrogates.
     """
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"{name}: {value!r} is not UTF-8, in which a run keeps its settings; "
-            "rename it"
+            "choose another name"
         ) from error
 
 

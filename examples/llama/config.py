@@ -205,17 +205,9 @@ class DataConfig:
             f"validation_fraction is {self.validation_fraction}: it has to lie "
             "between 0 and 1",
         )
-        for path in self.data:
-            require_utf8("data", path)
-        for name in (
-            "text_column",
-            "train_split",
-            "validation_split",
-            "tokenizer",
-            "end_of_document",
-            "cache_dir",
-        ):
-            require_utf8(name, str(getattr(self, name)))
+        for name, value in vars(self).items():
+            for text in value if isinstance(value, tuple) else (value,):
+                require_utf8(name, str(text))
 
 
 @dataclass(frozen=True)
