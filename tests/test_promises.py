@@ -4,6 +4,7 @@ Liang et al, "Cautious Optimizers", arXiv:2411.16085.
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -30,36 +31,36 @@ SEEDS, STEPS_OF_NOISE = 5, 40
 PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(5)}
 
 
+def noise(seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yields gradients about a mean that turns against the momentum half-way."""
+    rng = np.random.default_rng(seed)
+    for step in range(STEPS_OF_NOISE):
+        mean = 1.0 if step < STEPS_OF_NOISE // 2 else -1.0
+        yield {
+            k: mean + rng.standard_normal(x.shape, np.float32)
+            for k, x in PARAMS.items()
+        }
+
+
+def cosine(u: np.ndarray, g: np.ndarray) -> float:
+    return u @ g / (np.linalg.norm(u) * np.linalg.norm(g) + 1e-300)
+
+
 def inner_products(tx: optax.GradientTransformation) -> np.ndarray:
     """Returns <u, g> / (|u| |g|), for each step and leaf, and for the tree in float64.
 
-    The parameters stand still; the gradients are noise about a mean that turns round,
-    against the momentum, half-way. So for each seed, from the initial state.
+    The parameters stand still; each seed begins with the initial state.
     """
     update = jax.jit(tx.update)
     cosines = []
     for seed in range(SEEDS):
         state = tx.init(PARAMS)
-        rng = np.random.default_rng(seed)
-        for step in range(STEPS_OF_NOISE):
-            mean = 1.0 if step < STEPS_OF_NOISE // 2 else -1.0
-            grads = {
-                k: mean + rng.standard_normal(x.shape, np.float32)
-                for k, x in PARAMS.items()
-            }
+        for grads in noise(seed):
             updates, state = update(grads, state, PARAMS)
-            flat = [np.asarray(updates[k], np.float64).ravel() for k in PARAMS]
+            us = [np.asarray(updates[k], np.float64).ravel() for k in PARAMS]
             gs = [np.asarray(grads[k], np.float64).ravel() for k in PARAMS]
-            pairs = [
-                *zip(flat, gs, strict=True),
-                (np.concatenate(flat), np.concatenate(gs)),
-            ]
-            cosines.append(
-                [
-                    u @ g / (np.linalg.norm(u) * np.linalg.norm(g) + 1e-300)
-                    for u, g in pairs
-                ]
-            )
+            us, gs = [*us, np.concatenate(us)], [*gs, np.concatenate(gs)]
+            cosines.append([cosine(u, g) for u, g in zip(us, gs, strict=True)])
     return np.array(cosines)
 
 
