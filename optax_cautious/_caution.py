@@ -1,16 +1,18 @@
-"""The cautious rule on trees: masks, monitoring, and caution around an optimizer."""
+"""The cautious rule on trees, and around an optimizer or in front of one."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
-from optax_cautious import _checks, _rule, _trees
-from optax_cautious._rule import Alignment, AxisName, Direction, Renormalize
-from optax_cautious._trees import Mask
+from optax_cautious import _rule, _settings, _trees
+from optax_cautious._gradient import provide_gradient
+
+#: From an update, its gradient, and the leaves of further trees, to how they agree.
+Compare = Callable[..., _rule.Agreement]
 
 
 class CautiousState(NamedTuple):
@@ -25,14 +27,29 @@ class CautiousState(NamedTuple):
 
 
 class Caution(NamedTuple):
-    """The settings of caution, checked."""
+    """The settings of caution, checked, and what they do to a tree of updates."""
 
-    rule: _rule.Rule
-    mask: Mask
+    rule: _settings.Rule
+    stacked: _trees.Stacked
+    mask: _trees.Mask
     monitor: bool
 
-    def init(self, params: optax.Params) -> optax.OptState:
-        del params
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], **others: Any) -> "Caution":
+        """Picks the settings from the arguments of a function, and checks them.
+
+        Args:
+          arguments: the function's `locals()`, with a value for each setting.
+          **others: settings that are not among the arguments.
+        """
+        given = {**arguments, **others}
+        rule = _settings.Rule(*(given[name] for name in _settings.Rule._fields))
+        return cls(
+            _settings.checked(rule), given["stacked"], given["mask"], given["monitor"]
+        )
+
+    def init(self) -> optax.OptState:
+        """Makes the state of caution alone."""
         if self.monitor:
             return CautiousState(aligned_fraction=jnp.zeros((), jnp.float32))
         return optax.EmptyState()
@@ -40,91 +57,139 @@ class Caution(NamedTuple):
     def update(
         self,
         updates: optax.Updates,
-        state: optax.OptState,
         grad: optax.Updates,
-        agreements: optax.Updates | None = None,
+        *beside: optax.Updates,
+        compare: Compare | None = None,
     ) -> tuple[optax.Updates, optax.OptState]:
         """Returns the cautious updates and the new state.
 
-        `agreements` is a tree like the updates of how each leaf agrees with its
-        gradient, by default as the two say.
+        Args:
+          updates: the updates.
+          grad: their gradient.
+          *beside: trees like the updates, of what `compare` is to know besides.
+          compare: tells how an update and its gradient agree, by default as the two
+            say.
         """
-        selected = updates if self.mask is None else _trees.select(updates, self.mask)
-        pairs = _trees.pair(selected, grad)
-        if agreements is None:
-            compared = [
-                _rule.compare(u, g, self.rule.direction)
-                for u, g in zip(pairs.updates, pairs.grads, strict=True)
+        pairs = _trees.pair(updates, grad, mask=self.mask, stacked=self.stacked)
+        compare = compare or functools.partial(
+            _rule.compare, direction=self.rule.direction
+        )
+        agreements = []
+        if self.monitor or self.rule.alignment == "element":
+            others = zip(*map(pairs.like, beside), strict=True)
+            agreements = [
+                compare(leaf.u, leaf.g, *(next(others) if beside else ()))
+                for leaf in pairs.leaves
             ]
-        else:
-            compared = pairs.flatten(agreements)
-        new = _rule.apply(self.rule, pairs.updates, pairs.grads, compared)
-        if self.monitor:
-            state = CautiousState(_tree_fraction(compared, self.rule.axis_name))
-        new = pairs.unflatten(new)
-        return new if self.mask is None else _trees.fill(new, updates), state
+        new = pairs.unflatten(_rule.apply(self.rule, pairs.leaves, agreements))
+        if not self.monitor:
+            return new, optax.EmptyState()
+        return new, CautiousState(self._tree_fraction(pairs.leaves, agreements))
+
+    def around(
+        self,
+        optimizer: optax.GradientTransformation,
+        compare_with: Callable[
+            [optax.OptState], tuple[Compare | None, tuple[optax.Updates, ...]]
+        ] = lambda state: (None, ()),
+    ) -> optax.GradientTransformationExtraArgs:
+        """Makes the updates of `optimizer` cautious, in its own state.
+
+        `compare_with` tells from the state before the step what is to compare, and
+        which trees it is to be shown besides.
+        """
+        inner = optax.with_extra_args_support(optimizer)
+
+        def init_fn(params: optax.Params) -> optax.OptState:
+            return self.join(inner.init(params), self.init())
+
+        def update_fn(
+            updates: optax.Updates,
+            state: optax.OptState,
+            params: optax.Params | None = None,
+            **extra_args: Any,
+        ) -> tuple[optax.Updates, optax.OptState]:
+            old, grad = self.inner(state), updates
+            updates, new = inner.update(grad, old, params, **extra_args)
+            compare, beside = compare_with(old)
+            updates, own = self.update(updates, grad, *beside, compare=compare)
+            return updates, self.join(new, own)
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    def before(
+        self, link: optax.GradientTransformation
+    ) -> optax.GradientTransformationExtraArgs:
+        """Shows a link of a chain cautious updates, in the link's own state.
+
+        The gradient is the extra argument `grad`.
+        """
+        inner = optax.with_extra_args_support(link)
+
+        def init_fn(params: optax.Params) -> optax.OptState:
+            return self.join(inner.init(params), self.init())
+
+        def update_fn(
+            updates: optax.Updates,
+            state: optax.OptState,
+            params: optax.Params | None = None,
+            *,
+            grad: optax.Updates,
+            **extra_args: Any,
+        ) -> tuple[optax.Updates, optax.OptState]:
+            old = self.inner(state)
+            updates, own = self.update(updates, grad)
+            updates, new = inner.update(updates, old, params, **extra_args)
+            return updates, self.join(new, own)
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    def join(self, inner: optax.OptState, own: optax.OptState) -> optax.OptState:
+        """Adds the state of caution to that of what it surrounds, if it has any."""
+        return (inner, own) if self.monitor else inner
+
+    def inner(self, state: optax.OptState) -> optax.OptState:
+        """Takes the state of caution off again."""
+        if not self.monitor:
+            return state
+        if not isinstance(state, tuple) or CautiousState not in map(type, state[1:]):
+            raise ValueError(
+                "monitor=True, but the state is one without a monitor: a "
+                f"{type(state).__name__} that does not end in a CautiousState. Make it "
+                "by the init of this optimizer; docs/usage.md shows how to take over "
+                "an older one."
+            )
+        return state[0]
+
+    def _tree_fraction(
+        self, leaves: list[_rule.Leaf], agreements: list[_rule.Agreement]
+    ) -> jax.Array:
+        """Returns the mean of the leaves' fractions, weighted by their sizes."""
+        sizes = [leaf.u.size for leaf in leaves]
+        if sum(sizes) == 0:
+            return jnp.zeros((), jnp.float32)
+        fractions = [
+            _rule.aligned_fraction(
+                a.counted, stacked=leaf.stacked, axis_name=self.rule.axis_name
+            )
+            for leaf, a in zip(leaves, agreements, strict=True)
+        ]
+        # Of slices, which are of one size, the mean is that of the leaf.
+        means = jnp.stack(
+            [jnp.mean(x) if x.size else jnp.float32(0) for x in fractions]
+        )
+        return jnp.average(means, weights=jnp.array(sizes, jnp.float32))
 
 
-def make(
-    *,
-    direction: Direction,
-    alignment: Alignment,
-    opposed_weight: ArrayLike,
-    renormalize: Renormalize,
-    min_fraction: ArrayLike,
-    axis_name: AxisName,
-    mask: Mask,
-    monitor: bool,
-) -> Caution:
-    """Checks the arguments of :func:`cautious`."""
-    _checks.check_direction(direction)
-    _checks.check_alignment(alignment)
-    _checks.check_renormalize(renormalize)
-    _checks.check_opposed_weight(opposed_weight)
-    _checks.check_min_fraction(min_fraction)
-    _checks.check_axis_name(axis_name)
-    rule = _rule.Rule(
-        direction, alignment, opposed_weight, renormalize, min_fraction, axis_name
-    )
-    return Caution(rule, mask, monitor)
-
-
-def wrap(
-    optimizer: optax.GradientTransformation,
+def chain(
     caution: Caution,
-    agreements: Callable[[optax.Updates, optax.OptState], optax.Updates] | None = None,
+    direction: list[optax.GradientTransformation],
+    step: list[optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes the updates of `optimizer` cautious, in its own state.
+    """Chains links, with caution between those that find a direction and the rest.
 
-    `agreements` may find out how the update will agree with the gradient from the
-    gradient and the state that the optimizer is given.
+    The state is that of :func:`optax.chain` of all links.
     """
-    inner = optax.with_extra_args_support(optimizer)
-
-    def init_fn(params: optax.Params) -> optax.OptState:
-        state = inner.init(params)
-        return (state, caution.init(params)) if caution.monitor else state
-
-    def update_fn(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        grad = updates
-        old, last = state if caution.monitor else (state, optax.EmptyState())
-        updates, new = inner.update(grad, old, params, **extra_args)
-        compared = None if agreements is None else agreements(grad, old)
-        updates, last = caution.update(updates, last, grad, compared)
-        return updates, (new, last) if caution.monitor else new
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _tree_fraction(agreements: list[_rule.Agreement], axis_name: AxisName) -> jax.Array:
-    """Returns the mean of the leaves' fractions, weighted by their sizes."""
-    sizes = jnp.array([a.counted.size for a in agreements], jnp.float32)
-    if not any(a.counted.size for a in agreements):
-        return jnp.zeros((), jnp.float32)
-    fractions = [_rule.aligned_fraction(a, axis_name) for a in agreements]
-    return jnp.average(jnp.stack(fractions), weights=sizes)
+    first, *rest = step
+    tx = optax.chain(*direction, caution.before(first), *rest)
+    return provide_gradient(tx)

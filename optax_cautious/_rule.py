@@ -1,36 +1,19 @@
-"""The cautious rule on arrays: alignment, weights and their rescaling."""
+"""The cautious rule on arrays: agreement, weights and their rescaling."""
 
 import functools
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-Direction = Literal["descent", "ascent"]
-Alignment = Literal["element", "tensor", "tree"]
-Renormalize = Literal["clamp", "paper", "none"]
-AxisName = str | Sequence[str] | None
-
-
-#: Stands among the agreements, which are int8, where either side is NaN.
-NAN = 2
-
-
-class Rule(NamedTuple):
-    """The settings of the rule; `opposed_weight` and `min_fraction` may be traced."""
-
-    direction: Direction
-    alignment: Alignment
-    opposed_weight: ArrayLike
-    renormalize: Renormalize
-    min_fraction: ArrayLike
-    axis_name: AxisName
+from optax_cautious._mean import mean
+from optax_cautious._settings import AxisName, Direction, Rule, merge, split
 
 
 class Agreement(NamedTuple):
-    """The a_i of a leaf: int8 of -1, 0 and 1, or NAN where either side is NaN.
+    """The a_i of a leaf, int8 of -1, 0 and 1; 0 where either side is NaN.
 
     Both fields hold the same numbers. They are two expressions where computing them
     twice moves less memory than keeping them would.
@@ -42,128 +25,195 @@ class Agreement(NamedTuple):
     counted: jax.Array
 
 
+class Leaf(NamedTuple):
+    """An array of updates beside its gradient."""
+
+    u: jax.Array
+    g: jax.Array
+    #: How many leading axes stack things that are leaves of their own elsewhere.
+    stacked: int
+
+
 def apply(
-    rule: Rule,
-    updates: list[jax.Array],
-    grads: list[jax.Array],
-    agreements: list[Agreement],
+    rule: Rule, leaves: list[Leaf], agreements: list[Agreement]
 ) -> list[jax.Array]:
-    """Returns the cautious updates, leaf by leaf."""
+    """Returns the cautious updates; the agreements are for `alignment="element"`."""
+    static, arrays = split(rule)
     if rule.alignment == "element":
-        leaves = zip(updates, agreements, strict=True)
-        return [_by_element(rule, u, a) for u, a in leaves]
-    if rule.alignment == "tensor":
-        pairs = zip(updates, grads, strict=True)
-        return [_by_inner_product(rule, [u], [g])[0] for u, g in pairs]
-    return _by_inner_product(rule, updates, grads)
+        return [
+            _by_element(leaf.u, a, arrays, rule=static, stacked=leaf.stacked)
+            for leaf, a in zip(leaves, agreements, strict=True)
+        ]
+    if rule.alignment == "leaf":
+        return [
+            _by_inner_product(
+                [leaf.u], [leaf.g], arrays, rule=static, stacked=leaf.stacked
+            )[0]
+            for leaf in leaves
+        ]
+    us, gs = [leaf.u for leaf in leaves], [leaf.g for leaf in leaves]
+    return _by_inner_product(us, gs, arrays, rule=static, stacked=0)
 
 
-def agreement(u: jax.Array, g: jax.Array, direction: Direction) -> jax.Array:
-    """Returns a_i = s * sign(u_i) * sign(g_i), NAN where either side is NaN.
+# Under jax.jit leaves of one shape are traced once, and without it each is one call.
+@functools.partial(jax.jit, static_argnames="direction")
+def agreement(u: jax.Array, g: jax.Array, *, direction: Direction) -> jax.Array:
+    """Returns a_i = s * sign(u_i) * sign(g_i), 0 where either side is NaN.
+
+    s is -1 for "descent": an update that is to be added agrees where it opposes the
+    gradient. For "ascent" it is 1.
 
     The signs are multiplied, never the values: u_i * g_i underflows to zero long
     before either factor does. For complex leaves a_i = s * sign(Re(u_i * conj(g_i))).
     """
     if jnp.iscomplexobj(u):
-        u, g = (_real_parts(x, _accumulator_dtype(u, g)) for x in (u, g))
-        u, g = (jnp.ldexp(x, -_exponent(x, axis=0)) for x in (u, g))
-        a = jnp.sign(jnp.sum(u * g, axis=0))
+        u, g = (_normalized([x], x.ndim, _accumulator_dtype(x))[0] for x in (u, g))
+        real, imaginary = jnp.moveaxis(u * g, -1, 0)
+        # The sign of their sum. Added up, they need not cancel: of a product that a
+        # compiler fuses with the sum, the rounding error is left.
+        a = (real > -imaginary).astype(jnp.int8) - (real < -imaginary).astype(jnp.int8)
     else:
         a = jnp.sign(u) * jnp.sign(g).astype(u.dtype)
-    a = _sign(direction) * a
     # One byte a coordinate is all that a compiler may have to keep.
-    return jnp.where(jnp.isnan(a), NAN, a).astype(jnp.int8)
+    a = jnp.where(jnp.isnan(a), 0, a).astype(jnp.int8)
+    return a if direction == "ascent" else -a
 
 
 def compare(u: jax.Array, g: jax.Array, direction: Direction) -> Agreement:
     """Returns how an update agrees with its gradient, which the two alone tell."""
-    a = agreement(u, g, direction)
+    a = agreement(u, g, direction=direction)
     return Agreement(weighed=a, counted=a)
 
 
-def aligned_fraction(a: Agreement, axis_name: AxisName = None) -> jax.Array:
-    """Returns the fraction of the coordinates with a_i > 0; 0 for an empty leaf."""
-    if a.counted.size == 0:
-        return jnp.zeros((), jnp.float32)
-    return _mean(a.counted == 1, jnp.float32, axis_name)
+@functools.partial(jax.jit, static_argnames=("stacked", "axis_name"))
+def aligned_fraction(
+    a: jax.Array, *, stacked: int, axis_name: AxisName = None
+) -> jax.Array:
+    """Returns the fraction with a_i > 0 in each slice; 0 for an empty leaf."""
+    if a.size == 0:
+        return jnp.zeros(a.shape[:stacked], jnp.float32)
+    fraction = mean(a > 0, _axes(a, stacked), jnp.float32)
+    return fraction if axis_name is None else jax.lax.pmean(fraction, axis_name)
 
 
-def _by_element(rule: Rule, u: jax.Array, a: Agreement) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("rule", "stacked"))
+def _by_element(
+    u: jax.Array,
+    a: Agreement,
+    arrays: dict[str, Any],
+    *,
+    rule: Rule,
+    stacked: int,
+) -> jax.Array:
     if u.size == 0:
         return u
-    dtype = _accumulator_dtype(u)
-    gamma = jnp.asarray(jnp.real(rule.opposed_weight), dtype)
-
-    def weights(a: jax.Array) -> jax.Array:
-        return jnp.where(a == 1, 1, jnp.where(a == -1, gamma, jnp.maximum(gamma, 0)))
-
-    if _is_zero(rule.opposed_weight):
-        rho = _mean(a.counted == 1, dtype, rule.axis_name)
-    else:
-        rho = _mean(jnp.abs(weights(a.counted)), dtype, rule.axis_name)
-    # A NaN must stay visible: u * w keeps the update's own, this the gradient's.
-    w = jnp.where(a.weighed == NAN, jnp.nan, weights(a.weighed))
-    return _multiply(u, w * _scale(rule, rho, u.size))
+    rule, dtype = merge(rule, arrays), _accumulator_dtype(u)
+    w = _weights(rule, a.weighed, dtype).astype(dtype)
+    return _multiply(u, w * _scale(rule, a.counted, stacked, dtype))
 
 
-def _scale(rule: Rule, rho: jax.Array, local_size: int) -> ArrayLike:
-    if rule.renormalize == "clamp":
-        return 1 / jnp.maximum(rho, jnp.asarray(jnp.real(rule.min_fraction), rho.dtype))
-    if rule.renormalize == "paper":
-        shards = 1 if rule.axis_name is None else jax.lax.psum(1, rule.axis_name)
-        return 1 / (rho + 1 / (local_size * shards))  # n / (sum_i |w_i| + 1)
-    return 1.0
-
-
+@functools.partial(jax.jit, static_argnames=("rule", "stacked"))
 def _by_inner_product(
-    rule: Rule, updates: list[jax.Array], grads: list[jax.Array]
+    us: list[jax.Array],
+    gs: list[jax.Array],
+    arrays: dict[str, Any],
+    *,
+    rule: Rule,
+    stacked: int,
 ) -> list[jax.Array]:
     """Weighs all leaves by 1 where s * <u, g> >= 0, by `opposed_weight` elsewhere."""
-    if sum(u.size for u in updates) == 0:
-        return updates
-    product = _sign(rule.direction) * _inner_product(updates, grads, rule.axis_name)
-    gamma = jnp.asarray(jnp.real(rule.opposed_weight), product.dtype)
-    w = jnp.where(product < 0, gamma, 1)
-    # The inner product of a diverged run is NaN: whatever hangs on it shows that.
-    w = jnp.where(jnp.isnan(product), jnp.nan, w)
-    return [_multiply(u, w) for u in updates]
+    if sum(u.size for u in us) == 0:
+        return us
+    product = _inner_product(us, gs, stacked, rule.axis_name)
+    s = -1 if rule.direction == "descent" else 1
+    a = s * jnp.nan_to_num(jnp.sign(product))
+    rule = merge(rule, arrays)._replace(neutral="follow")
+    w = _weights(rule, a, product.dtype).astype(product.dtype)
+    return [_multiply(u, jnp.expand_dims(w, _axes(u, stacked))) for u in us]
+
+
+def _weights(rule: Rule, a: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns the w_i, as bools where they can only be 0 and 1."""
+    follows = rule.neutral == "follow"
+    if _is_zero(rule.opposed_weight):
+        return a >= 0 if follows else a > 0
+    gamma = jnp.asarray(jnp.real(rule.opposed_weight), dtype)
+    at_zero = 1 if follows else jnp.maximum(gamma, 0)
+    return jnp.where(a > 0, 1, jnp.where(a < 0, gamma, at_zero))
+
+
+def _scale(rule: Rule, a: jax.Array, stacked: int, dtype: DTypeLike) -> ArrayLike:
+    """Returns what makes up for the weights, one factor for each slice."""
+    if rule.renormalize is None:
+        return 1.0
+    axes, ignores = _axes(a, stacked), rule.neutral == "ignore"
+    n = math.prod(a.shape[axis] for axis in axes)
+    w = _weights(rule, a, dtype)
+    if w.dtype != jnp.bool_:
+        w = jnp.where(a == 0, 0, jnp.abs(w)) if ignores else jnp.abs(w)
+    total = mean(w, axes, dtype)
+    live: Any = mean(a != 0, axes, dtype) if ignores else 1.0
+    if rule.axis_name is not None:
+        total, live = jax.lax.pmean((total, live), rule.axis_name)
+        n = n * jax.lax.psum(1, rule.axis_name)
+    # Both are in units of n. Where nothing is live, there is nothing to make up for.
+    if rule.renormalize == "clamp":
+        min_fraction = jnp.asarray(jnp.real(rule.min_fraction), dtype)
+        scale = live / jnp.maximum(total, min_fraction * live)
+    else:
+        scale = live / (total + 1 / n)
+    if ignores:
+        scale = jnp.where(live > 0, scale, 1)
+    return jnp.expand_dims(scale, axes)
 
 
 def _inner_product(
-    updates: list[jax.Array], grads: list[jax.Array], axis_name: AxisName
+    us: list[jax.Array], gs: list[jax.Array], stacked: int, axis_name: AxisName
 ) -> jax.Array:
-    """Returns <u, g> up to a positive factor, which keeps it from underflowing."""
-    dtype = _accumulator_dtype(*updates, *grads)
-
-    def normalized(xs: list[jax.Array]) -> list[jax.Array]:
-        parts = [_real_parts(x, dtype) for x in xs]
-        exponent = jnp.max(jnp.stack([_exponent(p) for p in parts]))
-        if axis_name is not None:
-            exponent = jax.lax.pmax(exponent, axis_name)
-        return [jnp.ldexp(p, -exponent) for p in parts]
-
-    pairs = zip(normalized(updates), normalized(grads), strict=True)
-    product = jnp.sum(jnp.stack([jnp.sum(u * g) for u, g in pairs]))
+    """Returns <u, g> of each slice, up to a positive factor."""
+    dtype = _accumulator_dtype(*us, *gs)
+    pairs = zip(
+        _normalized(us, stacked, dtype, axis_name),
+        _normalized(gs, stacked, dtype, axis_name),
+        strict=True,
+    )
+    sums = [jnp.sum(u * g, _axes(u, stacked)) for u, g in pairs]
+    product = jnp.sum(jnp.stack(sums), axis=0)
     return product if axis_name is None else jax.lax.psum(product, axis_name)
 
 
+def _normalized(
+    xs: list[jax.Array], stacked: int, dtype: DTypeLike, axis_name: AxisName = None
+) -> list[jax.Array]:
+    """Returns the real parts of each slice times a power of two that they share.
+
+    The largest of all is then about 1, and the products of two such do not underflow.
+    """
+    parts = [_real_parts(x, dtype) for x in xs]
+    largest = [jnp.max(jnp.abs(p), _axes(p, stacked), initial=0) for p in parts]
+    exponent = _exponent(jnp.max(jnp.stack(largest), axis=0))
+    if axis_name is not None:
+        exponent = jax.lax.pmax(exponent, axis_name)
+    return [jnp.ldexp(p, -jnp.expand_dims(exponent, _axes(p, stacked))) for p in parts]
+
+
 def _real_parts(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns the real (and imaginary) parts along a new first axis."""
+    """Returns the real (and imaginary) parts along a new last axis, 0 for NaN."""
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
-    return jnp.stack(parts).astype(dtype)
+    parts = [jnp.where(jnp.isnan(x), 0, p) for p in parts]
+    return jnp.stack(parts, axis=-1).astype(dtype)
 
 
-def _exponent(x: jax.Array, axis: int | None = None) -> jax.Array:
-    """Returns the e for which 2^(e-1) <= max|x| < 2^e, the least for zeros."""
-    largest = jnp.max(jnp.abs(x), axis=axis, initial=0)
+def _exponent(largest: jax.Array) -> jax.Array:
+    """Returns the e for which 2^(e-1) <= largest < 2^e, the least for zero."""
     exponent = jnp.frexp(largest)[1]
     # Zeros must not set the scale for what else there is.
-    return jnp.where(largest == 0, jnp.finfo(x.dtype).minexp, exponent)
+    return jnp.where(largest == 0, jnp.finfo(largest.dtype).minexp, exponent)
 
 
-def _sign(direction: Direction) -> int:
-    """Returns s: an update that is to be added agrees where it opposes the gradient."""
-    return -1 if direction == "descent" else 1
+def _axes(x: jax.Array, stacked: int) -> tuple[int, ...]:
+    """Returns the axes of a slice."""
+    return tuple(range(stacked, x.ndim))
 
 
 def _accumulator_dtype(*xs: jax.Array) -> DTypeLike:
@@ -171,43 +221,13 @@ def _accumulator_dtype(*xs: jax.Array) -> DTypeLike:
 
     A bfloat16 fraction has 8 bits: half a percent of error in every coordinate.
     """
-    is_double = any(jnp.finfo(x.dtype).bits == 64 for x in xs)
+    is_double = any(x.dtype in (jnp.float64, jnp.complex128) for x in xs)
     return jnp.float64 if is_double else jnp.float32
-
-
-def _mean(x: jax.Array, dtype: DTypeLike, axis_name: AxisName) -> jax.Array:
-    mean = (_fraction if x.dtype == jnp.bool_ else jnp.mean)(x, dtype=dtype)
-    return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
-
-
-def _fraction(mask: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns jnp.mean(mask, dtype=dtype)."""
-    return jax.lax.platform_dependent(
-        mask,
-        cpu=functools.partial(_fraction_on_cpu, dtype=dtype),
-        default=functools.partial(jnp.mean, dtype=dtype),
-    )
-
-
-def _fraction_on_cpu(mask: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Counts groups of fewer than 32 in int8, then the groups.
-
-    XLA:CPU computes what so short a reduction reads as it goes. What a longer one reads
-    it stores first, here as four bytes a coordinate, and fresh memory is dear there.
-    """
-    if mask.ndim == 0 or jax.typeof(mask).sharding.spec[-1] is not None:
-        # An axis that is sharded in the type cannot be split into any groups.
-        return jnp.mean(mask, dtype=dtype)
-    n = mask.shape[-1]
-    group = next(k for k in range(31, 0, -1) if n % k == 0)
-    groups = mask.reshape(*mask.shape[:-1], n // group, group)
-    counts = jnp.sum(groups, axis=-1, dtype=jnp.int8)
-    return jnp.sum(counts, dtype=dtype) / mask.size
 
 
 def _is_zero(x: ArrayLike) -> bool:
     """Returns whether x is known to be zero when it is compiled."""
-    return not isinstance(x, jax.core.Tracer) and complex(x) == 0
+    return not isinstance(x, jax.Array) and x == 0
 
 
 def _multiply(u: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,13 +1,24 @@
-"""Caution as an optax transformation, and the ways to hand it the gradient."""
+"""Caution as a link of a chain, as a wrapper, and as a statistic."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import optax
 from jax.typing import ArrayLike
 
-from optax_cautious import _caution, _checks, _rule, _trees
-from optax_cautious._rule import Alignment, AxisName, Direction, Renormalize
-from optax_cautious._trees import Mask
+from optax_cautious import _rule, _trees
+from optax_cautious._caution import Caution
+from optax_cautious._gradient import transformation
+from optax_cautious._settings import (
+    Alignment,
+    AxisName,
+    Direction,
+    Neutral,
+    Renormalize,
+    check_direction,
+)
+from optax_cautious._trees import Mask, Stacked
 
 _NO_GRADIENT = """cautious() needs the gradient, and a link in optax.chain is not \
 given it: it sees only what the link before it returned. Any of these hands it over:
@@ -16,7 +27,37 @@ given it: it sees only what the link before it returned. Any of these hands it o
   tx = with_caution(optax.adamw(3e-4))
   tx = cautious_adamw(3e-4)"""
 
+_NOT_A_WRAPPER = """cautious() is a link for optax.chain and takes keywords alone, got \
+{args!r}. To make an optimizer cautious, write one of these:
+  tx = with_caution(optax.adamw(3e-4))
+  tx = provide_gradient(optax.chain(optax.adamw(3e-4), cautious()))"""
 
+_NO_OPTIMIZER = """with_caution() takes the optimizer to be made cautious first:
+  tx = with_caution(optax.adamw(3e-4))
+The link for optax.chain, which takes none, is cautious()."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _takes(
+    is_right: Callable[..., bool], message: str
+) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+    """Answers a call of the wrong form with a message instead of Python's."""
+
+    def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
+        @functools.wraps(function)  # inject_hyperparams goes by the signature.
+        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            if not is_right(*args, **kwargs):
+                raise TypeError(message.format(args=args))
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+@_takes(lambda *args, **_: not args, _NOT_A_WRAPPER)
 def cautious(
     *,
     direction: Direction = "descent",
@@ -24,6 +65,8 @@ def cautious(
     opposed_weight: ArrayLike = 0.0,
     renormalize: Renormalize = "clamp",
     min_fraction: ArrayLike = 1e-3,
+    neutral: Neutral = "hold",
+    stacked: Stacked = None,
     axis_name: AxisName = None,
     mask: Mask = None,
     monitor: bool = False,
@@ -64,34 +107,53 @@ def cautious(
     its decay; the named optimizers, such as :func:`cautious_adamw`, mask the update
     alone.
 
+    A step may be all zeros, even twice in a row, while nothing has converged: the
+    momentum may oppose the gradient everywhere. A rule that stops at a small step
+    stops there; let it look at the gradient instead.
+
     Args:
-      direction: ``"descent"`` for an update that is to be added to the parameters, as
-        optimizers return it; ``"ascent"`` for one that still points up the loss, as
-        ``optax.scale_by_*`` return it.
+      direction: ``"ascent"`` behind ``optax.scale_by_*``, whose update still points up
+        the loss, and behind a learning rate below zero, which maximizes; ``"descent"``
+        behind a whole optimizer, whose update is to be added to the parameters. Where
+        it is the wrong way round, nothing moves at the first step, and its aligned
+        fraction is 0.
       alignment: what the signs are compared of. ``"element"``: each coordinate, as
-        above. ``"tensor"``: each leaf by its inner product with the gradient, weight 1
+        above. ``"leaf"``: each leaf by its inner product with the gradient, weight 1
         where :math:`s \langle u, g \rangle \ge 0` and ``opposed_weight`` elsewhere.
         ``"tree"``: the same with the inner product over all leaves. The latter two do
-        not rescale, since that would cancel the weight.
+        not rescale, since that would cancel the weight: ``renormalize``,
+        ``min_fraction`` and ``neutral`` are for ``"element"``.
       opposed_weight: scalar in [-1, 1], may be traced, and is then not checked. The
         weight of a coordinate that disagrees: 0 is Cautious, 1 the base optimizer, -1
-        Grams, values between them soft caution. A coordinate at which either side is
-        zero has weight ``max(opposed_weight, 0)``.
+        Grams, values between them soft caution.
       renormalize: how the remaining coordinates make up for the missing ones.
-        ``"clamp"``: as above. ``"paper"``: :math:`n / (n \rho + 1)`. ``"none"``: 1.
+        ``"clamp"``: as above. ``"plus_one"``: :math:`n / (n \rho + 1)`, as in the
+        paper's first version. ``None``: not at all.
       min_fraction: scalar in (0, 1], may be traced, and is then not checked. With
-        ``"clamp"``, the update is scaled up by at most ``1 / min_fraction``. This
-        matters for the embedding of a large vocabulary: rows whose token is absent from
-        the batch have a zero gradient and do not count as agreeing, so the others are
-        scaled up for them. A large factor may overflow a float16 update.
+        ``"clamp"``, the update is scaled up by at most ``1 / min_fraction``. A large
+        factor may overflow a float16 update.
+      neutral: what to do with the coordinates at which update or gradient is exactly
+        zero or NaN, as the gradient is in the rows of an embedding whose token is not
+        in the batch, and in a mixture's idle experts. ``"hold"``: as above; they have
+        weight ``max(opposed_weight, 0)`` and count in the mean, so the others are
+        scaled up for them. ``"follow"``: they have weight 1. ``"ignore"``: their weight
+        is that of ``"hold"``, and they do not count in the mean, neither in the sum nor
+        in :math:`n`; where there are no others, nothing is rescaled.
+      stacked: how many leading axes of a leaf stack things that are leaves of their own
+        in another spelling: 1 for the layers of a scan, 2 for layers and experts. Each
+        slice has its own mean (with ``"leaf"``, its own inner product). An int for all
+        leaves, a tree of ints with the structure of the updates, or a prefix of it such
+        as ``{"layers": 1, "head": 0}``, or a function of the updates that returns one.
+        ``None`` is 0.
       axis_name: the mapped axis, or axes, that the leaves are split along, equally, in
         ``jax.shard_map`` or ``jax.pmap``. Needed there alone: under ``jax.jit`` the
         fraction of a sharded leaf is global already. Do not give it for leaves that
-        every device holds whole, or separate them by ``optax.partition``.
+        every device holds whole, or separate them by ``optax.partition``; nor an axis
+        that splits ``stacked`` ones.
       mask: a tree of bools with the structure of the updates, or a prefix of it, or a
         function of the updates that returns one. Leaves at False pass untouched. Under
-        :func:`optax.inject_hyperparams` a function has to be named in ``static_args``,
-        or Optax takes it for a schedule.
+        :func:`optax.inject_hyperparams` ``mask`` and ``stacked`` have to be named in
+        ``static_args`` where they are given, or Optax makes hyperparameters of them.
       monitor: whether the state carries the fraction of coordinates that agreed, over
         all leaves in the mask, for ``optax.tree.get(state, "aligned_fraction")``. An
         update of zero agrees with nothing: behind a learning rate of zero it is 0.
@@ -99,12 +161,14 @@ def cautious(
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` whose update takes the gradient
       as the keyword ``grad``, a tree like the updates, and returns the updates in their
-      own dtypes. Its state is empty, or :class:`CautiousState` with ``monitor=True``.
-      A coordinate whose update or gradient is NaN comes out NaN.
+      own dtypes, integers as float32. Its state is empty, or :class:`CautiousState`
+      with ``monitor=True``. An update that is NaN comes out NaN; a finite one stays
+      finite, whatever its gradient, unless the scale makes it overflow.
 
     Raises:
       ValueError: for an argument outside its range; in the update, if the gradient is
         missing or does not match the updates in tree, shape or kind.
+      TypeError: if it is called with an optimizer, as :func:`with_caution` is.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -130,16 +194,7 @@ def cautious(
       Cao et al, `Grams: Gradient Descent with Adaptive Momentum Scaling
       <https://arxiv.org/abs/2412.17107>`_, 2024
     """
-    caution = _caution.make(
-        direction=direction,
-        alignment=alignment,
-        opposed_weight=opposed_weight,
-        renormalize=renormalize,
-        min_fraction=min_fraction,
-        axis_name=axis_name,
-        mask=mask,
-        monitor=monitor,
-    )
+    caution = Caution.of(locals())
 
     def update_fn(
         updates: optax.Updates,
@@ -152,56 +207,12 @@ def cautious(
         del params, extra_args
         if grad is None:
             raise ValueError(_NO_GRADIENT)
-        return caution.update(updates, state, grad)
+        return caution.update(updates, grad)
 
-    return optax.GradientTransformationExtraArgs(caution.init, update_fn)
-
-
-def provide_gradient(
-    tx: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Pass the updates that arrive on as the extra argument ``grad``, too.
-
-    What arrives at an optimizer is the gradient, so a :func:`cautious` anywhere in
-    ``tx`` finds it there without the caller's help. Put it around the whole optimizer::
-
-      tx = provide_gradient(optax.chain(optax.adamw(3e-4), cautious()))
-
-    Inside :func:`optax.MultiSteps` it passes the accumulated gradient, where a caller
-    could only pass that of the last micro-batch. A ``grad`` from the caller is
-    replaced.
-
-    Args:
-      tx: a transformation that takes, or contains one that takes, ``grad``.
-
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs` with the state of ``tx``.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> from optax_cautious import cautious, provide_gradient
-      >>> tx = provide_gradient(optax.chain(optax.sgd(0.5, momentum=0.9), cautious()))
-      >>> params = jnp.array([1., -2.])
-      >>> state = tx.init(params)
-      >>> grads = 2 * params
-      >>> updates, state = tx.update(grads, state, params)
-      >>> print(updates)
-      [-1.  2.]
-    """
-    inner = optax.with_extra_args_support(tx)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        return inner.update(updates, state, params, **{**extra_args, "grad": updates})
-
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return optax.GradientTransformationExtraArgs(lambda _: caution.init(), update_fn)
 
 
+@_takes(lambda *args, **kwargs: bool(args) or "optimizer" in kwargs, _NO_OPTIMIZER)
 def with_caution(
     optimizer: optax.GradientTransformation,
     *,
@@ -210,6 +221,8 @@ def with_caution(
     opposed_weight: ArrayLike = 0.0,
     renormalize: Renormalize = "clamp",
     min_fraction: ArrayLike = 1e-3,
+    neutral: Neutral = "hold",
+    stacked: Stacked = None,
     axis_name: AxisName = None,
     mask: Mask = None,
     monitor: bool = False,
@@ -228,19 +241,28 @@ def with_caution(
     the state is the optimizer's own: a checkpoint written without caution can be
     continued with it, and the other way round.
 
+    Around links that do not end in a learning rate, such as ``optax.scale_by_adam()``
+    in a chain of the user's own, give ``direction="ascent"``: their update still points
+    up the loss. With the wrong direction nothing moves at the first step.
+
     Caution must have the last word about the step, and the optimizer must not assume
-    that its update is applied whole. So it goes inside
+    that its update is applied whole. So it goes inside :class:`optax.MultiSteps`,
     :func:`optax.contrib.schedule_free`, :func:`optax.contrib.mechanize` and a line
-    search, around the optimizer that they are given.
+    search, around the optimizer that they are given; docs/usage.md has a table.
 
     Args:
       optimizer: the transformation whose updates are compared with the gradient, which
         is what arrives at it.
-      direction: see :func:`cautious`, as for all the arguments that follow.
+      direction: ``"ascent"`` if the optimizer's update points up the loss, as that of
+        ``optax.scale_by_*`` does, and that of an optimizer with a learning rate below
+        zero; ``"descent"`` if it is to be added to the parameters. See
+        :func:`cautious`, as for all the arguments that follow.
       alignment: what the signs are compared of.
       opposed_weight: the weight of a coordinate that disagrees.
       renormalize: how the remaining coordinates make up for the missing ones.
       min_fraction: the least fraction that the update is divided by.
+      neutral: what to do where update or gradient is exactly zero.
+      stacked: how many leading axes stack leaves.
       axis_name: the mapped axes that the leaves are split along.
       mask: the leaves to be cautious with.
       monitor: whether to report the fraction of coordinates that agreed. The state is
@@ -251,6 +273,8 @@ def with_caution(
 
     Raises:
       ValueError: see :func:`cautious`.
+      TypeError: if ``optimizer`` is none, or a :class:`optax.MultiSteps`, which goes
+        around this.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -268,21 +292,16 @@ def with_caution(
       Liang et al, `Cautious Optimizers: Improving Training with One Line of Code
       <https://arxiv.org/abs/2411.16085>`_, 2024
     """
-    caution = _caution.make(
-        direction=direction,
-        alignment=alignment,
-        opposed_weight=opposed_weight,
-        renormalize=renormalize,
-        min_fraction=min_fraction,
-        axis_name=axis_name,
-        mask=mask,
-        monitor=monitor,
-    )
-    return _caution.wrap(optimizer, caution)
+    caution = Caution.of(locals())
+    return caution.around(transformation(optimizer, "with_caution"))
 
 
 def aligned_fraction(
-    updates: optax.Updates, grad: optax.Updates, *, direction: Direction = "descent"
+    updates: optax.Updates,
+    grad: optax.Updates,
+    *,
+    direction: Direction = "descent",
+    stacked: Stacked = None,
 ) -> optax.Updates:
     r"""Report, for each leaf, the fraction of coordinates at which the signs agree.
 
@@ -294,18 +313,20 @@ def aligned_fraction(
         s \cdot \operatorname{sign}(u_i) \cdot \operatorname{sign}(g_i) > 0 \} \right|
 
     Args:
-      updates: a tree of updates: floating-point or complex arrays of any shape.
+      updates: a tree of updates: arrays of any shape and any type of numbers.
       grad: the gradient, a tree like `updates`.
       direction: ``"descent"`` for updates that are to be added to the parameters,
         ``"ascent"`` for ones that point up the loss.
+      stacked: how many leading axes of a leaf stack leaves; see :func:`cautious`.
 
     Returns:
-      A tree like `updates` with a float32 scalar in [0, 1] for each leaf. A coordinate
-      at which either side is zero or NaN does not agree; an empty leaf has 0.
+      A tree like `updates` with a float32 scalar in [0, 1] for each leaf, or an array
+      of them over its stacked axes. A coordinate at which either side is zero or NaN
+      does not agree; an empty leaf has 0.
 
     Raises:
       ValueError: for an unknown direction, or if `grad` does not match `updates` in
-        tree, shape or kind.
+        tree, shape or kind, or `stacked` does not.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -319,11 +340,11 @@ def aligned_fraction(
       Liang et al, `Cautious Optimizers: Improving Training with One Line of Code
       <https://arxiv.org/abs/2411.16085>`_, 2024
     """
-    _checks.check_direction(direction)
-    pairs = _trees.pair(updates, grad)
+    check_direction(direction)
+    pairs = _trees.pair(updates, grad, mask=None, stacked=stacked)
     return pairs.unflatten(
-        [
-            _rule.aligned_fraction(_rule.compare(u, g, direction))
-            for u, g in zip(pairs.updates, pairs.grads, strict=True)
-        ]
+        _rule.aligned_fraction(
+            _rule.agreement(leaf.u, leaf.g, direction=direction), stacked=leaf.stacked
+        )
+        for leaf in pairs.leaves
     )

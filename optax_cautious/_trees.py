@@ -1,67 +1,105 @@
-"""Pairing the leaves of an update with those of its gradient; masks."""
+"""From trees to the arrays that caution is about, and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optax_cautious._checks import ARRAY_LIKE
+from optax_cautious._rule import Leaf
+from optax_cautious._settings import ARRAY_LIKE
 
-Mask = Any | Callable[[optax.Params], Any]
+Mask = Any | Callable[[optax.Updates], Any]
+Stacked = Any | Callable[[optax.Updates], Any]
+
+_STATIC_ARGS = (
+    "Under optax.inject_hyperparams name {name} in static_args, or Optax makes a "
+    "hyperparameter of it."
+)
 
 
 class Pairs(NamedTuple):
-    """The leaves that an update and its gradient share, in order."""
+    """The arrays of an update that caution is about, beside their gradients."""
 
-    updates: list[jax.Array]
-    grads: list[jax.Array]
-    #: Puts a list as long as `updates` back into the update's tree.
-    unflatten: Callable[[list[jax.Array]], optax.Updates]
-    #: Lists what a tree like the update's holds at its arrays.
-    flatten: Callable[[optax.Updates], list[Any]]
+    leaves: list[Leaf]
+    #: Which of all arrays of the update these are.
+    kept: list[bool]
+    #: All arrays of the update.
+    updates: list[Any]
+    treedef: Any
+
+    def unflatten(self, new: Iterable[jax.Array]) -> optax.Updates:
+        """Puts new arrays into the update's tree, in the place of `leaves`."""
+        # Lists throughout: a node of the user's may refuse to hold anything but arrays.
+        new = iter(new)
+        return self.treedef.unflatten(
+            next(new) if keep else u
+            for u, keep in zip(self.updates, self.kept, strict=True)
+        )
+
+    def like(self, tree: optax.Updates) -> list[Any]:
+        """Lists what a tree like the update holds in the places of `leaves`."""
+        both = zip(jax.tree.leaves(tree), self.kept, strict=True)
+        return [leaf for leaf, keep in both if keep]
 
 
-def pair(updates: optax.Updates, grad: optax.Updates) -> Pairs:
-    """Pairs every array of `updates` with its gradient.
+def pair(
+    updates: optax.Updates, grad: optax.Updates, *, mask: Mask, stacked: Stacked
+) -> Pairs:
+    """Pairs the arrays of `updates` that `mask` keeps with their gradients.
 
     Where `updates` holds None (Equinox) or MaskedNode (optax.masked, optax.partition)
     the gradient may hold anything: a caller's gradient is not masked along.
     """
+    arrays, treedef = jax.tree.flatten(updates)
+    kept, depths = _kept(mask, updates), _depths(stacked, updates)
+    grads = _gradients(updates, grad)
+    paths = None
+    leaves = []
+    for i, (u, g) in enumerate(zip(arrays, grads, strict=True)):
+        if not kept[i]:
+            continue
+        problem = _problem(u, g, depths[i])
+        if problem:
+            paths = jax.tree_util.tree_flatten_with_path(updates)[0]
+            raise ValueError(problem.format(name=_name(paths[i][0])))
+        u, g = jnp.asarray(u), jnp.asarray(g)
+        if not jnp.issubdtype(u.dtype, jnp.inexact):
+            u = u.astype(jnp.float32)  # as it becomes times a learning rate
+        leaves.append(Leaf(u, g, depths[i]))
+    return Pairs(leaves, kept, arrays, treedef)
+
+
+def _gradients(updates: optax.Updates, grad: optax.Updates) -> list[Any]:
+    """Lists what `grad` holds at each array of `updates`."""
     treedef: Any  # the type that JAX gives it has no methods
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(
-        updates, is_leaf=_is_absent
-    )
+    entries, treedef = jax.tree.flatten(updates, is_leaf=_is_absent)
     try:
         subtrees = treedef.flatten_up_to(grad)
     except ValueError as error:
         raise ValueError(_describe_mismatch(updates, grad)) from error
-
-    leaves = [leaf for _, leaf in paths_and_leaves]
-    present = [i for i, leaf in enumerate(leaves) if not _is_absent(leaf)]
-    pairs = [_checked(*paths_and_leaves[i], subtrees[i]) for i in present]
-
-    def unflatten(new: list[jax.Array]) -> optax.Updates:
-        replaced = dict(zip(present, new, strict=True))
-        return treedef.unflatten(replaced.get(i, x) for i, x in enumerate(leaves))
-
-    def flatten(tree: optax.Updates) -> list[Any]:
-        leaves = treedef.flatten_up_to(tree)
-        return [leaves[i] for i in present]
-
-    return Pairs([u for u, _ in pairs], [g for _, g in pairs], unflatten, flatten)
+    both = zip(entries, subtrees, strict=True)
+    return [subtree for entry, subtree in both if not _is_absent(entry)]
 
 
-def select(updates: optax.Updates, mask: Mask) -> optax.Updates:
-    """Returns `updates` with MaskedNode in the place of what `mask` leaves out."""
-    mask_tree = mask(updates) if _is_callable(mask) else mask
-    try:
-        return jax.tree.map(
-            lambda keep, subtree: subtree if _as_bool(keep) else optax.MaskedNode(),
-            mask_tree,
-            updates,
+def _kept(mask: Mask, updates: optax.Updates) -> list[bool]:
+    """Tells for each array of `updates` whether `mask` keeps it."""
+    n = len(jax.tree.leaves(updates))
+    if mask is None:
+        return [True] * n
+    tree = mask(updates) if _is_callable(mask) else mask
+    # optax.inject_hyperparams calls a function with the step instead of the updates.
+    is_one_bool = isinstance(tree, (bool, np.bool_, np.ndarray, jax.Array))
+    if is_one_bool and not isinstance(tree, jax.core.Tracer) and n > 1:
+        raise ValueError(
+            f"mask is {tree!r}, one bool for a tree of {n} arrays: give a tree of "
+            "bools, or a function of the updates that returns one. "
+            + _STATIC_ARGS.format(name="the mask")
         )
+    try:
+        return [_as_bool(keep) for keep in _broadcast(tree, updates)]
     except (ValueError, TypeError) as error:
         raise ValueError(
             "mask must be a tree of bools with the structure of the updates, or a "
@@ -69,60 +107,102 @@ def select(updates: optax.Updates, mask: Mask) -> optax.Updates:
         ) from error
 
 
-def fill(selected: optax.Updates, updates: optax.Updates) -> optax.Updates:
-    """Puts the leaves of `updates` where `selected` holds a MaskedNode."""
-    return jax.tree.map(
-        lambda new, old: old if isinstance(new, optax.MaskedNode) else new,
-        selected,
-        updates,
-        is_leaf=_is_absent,
-    )
+def _depths(stacked: Stacked, updates: optax.Updates) -> list[int]:
+    """Tells for each array of `updates` how many of its leading axes are stacked."""
+    if stacked is None:
+        return [0] * len(jax.tree.leaves(updates))
+    tree = stacked(updates) if _is_callable(stacked) else stacked
+    try:
+        return [_as_depth(depth) for depth in _broadcast(tree, updates)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "stacked must be a number of leading axes, or a tree of them with the "
+            "structure of the updates, or a prefix of it, or a function that returns "
+            f"one: {error}"
+        ) from error
+
+
+def _broadcast(prefix: Any, tree: optax.Updates) -> list[Any]:
+    """Lists, for each leaf of a tree, what a prefix of the tree holds there."""
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(prefix)
+    pairs = zip(leaves, treedef.flatten_up_to(tree), strict=True)
+    return [leaf for leaf, subtree in pairs for _ in jax.tree.leaves(subtree)]
 
 
 def _is_absent(x: Any) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)
 
 
-def _is_callable(mask: Any) -> bool:
-    # A tree of bools may itself be callable, as an Equinox module is.
-    return callable(mask) and all(callable(leaf) for leaf in jax.tree.leaves(mask))
+def _is_callable(setting: Any) -> bool:
+    # A tree may itself be callable, as an Equinox module is.
+    return callable(setting) and all(map(callable, jax.tree.leaves(setting)))
 
 
 def _as_bool(keep: Any) -> bool:
     if isinstance(keep, jax.core.Tracer):
-        raise TypeError("the mask is traced, but must be known when it is compiled.")
+        raise TypeError(
+            "the mask is traced, but must be known when it is compiled. "
+            + _STATIC_ARGS.format(name="the mask")
+        )
     if not isinstance(keep, ARRAY_LIKE) or jnp.ndim(keep) or keep not in (0, 1):
         raise TypeError(f"got the leaf {keep!r}.")
     return bool(keep)
 
 
-def _checked(path: Any, u: Any, g: Any) -> tuple[jax.Array, jax.Array]:
+def _as_depth(depth: Any) -> int:
+    if isinstance(depth, jax.Array):
+        raise TypeError(
+            f"got the array {depth!r}. " + _STATIC_ARGS.format(name="stacked")
+        )
+    if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or depth < 0:
+        raise TypeError(f"got the leaf {depth!r}.")
+    return int(depth)
+
+
+def _problem(u: Any, g: Any, depth: int) -> str | None:
+    """Says what is wrong with a leaf, and what to do, with a place for its name."""
+    same = "Pass the gradient of the same parameters."
+    exempt = "Exempt the leaf with a mask."
     if not jax.tree_util.all_leaves([g]):
-        raise ValueError(
-            f"The gradient at {_name(path)} is {_kind_of_node(g)}, but the update "
-            "there is an array. Pass the gradient of the same parameters."
+        return (
+            f"The gradient at {{name}} is {_kind_of_node(g)}, but the update there is "
+            f"an array. {same}"
         )
     for side, x in (("update", u), ("gradient", g)):
         if not isinstance(x, ARRAY_LIKE):
-            raise ValueError(f"The {side} at {_name(path)} is {x!r}, not an array.")
+            return f"The {side} at {{name}} is {x!r}, not an array. {exempt}"
+        dtype = jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.number):
+            return (
+                f"The {side} at {{name}} has dtype {dtype}, which has no sign. {exempt}"
+            )
     u_dtype, g_dtype = jnp.result_type(u), jnp.result_type(g)
-    if not jnp.issubdtype(u_dtype, jnp.inexact):
-        raise ValueError(
-            f"The update at {_name(path)} has dtype {u_dtype}, but caution needs "
-            "floating-point or complex numbers. Exempt the leaf with a mask."
+    u_shape, g_shape = jnp.shape(u), jnp.shape(g)
+    if g_shape[1:] == u_shape and len(g_shape) == len(u_shape) + 1:
+        return (
+            f"The gradient at {{name}} has shape {g_shape}, one axis more than the "
+            f"update's {u_shape}. If that is one gradient for each example, be "
+            "cautious after the link that adds them up: optax.chain(optax.contrib."
+            "differentially_private_aggregate(...), with_caution(...))."
         )
-    if jnp.shape(u) != jnp.shape(g):
-        raise ValueError(
-            f"The gradient at {_name(path)} has shape {jnp.shape(g)}, but the update "
-            f"there has shape {jnp.shape(u)}. Pass the gradient of the same parameters."
+    if u_shape != g_shape:
+        return (
+            f"The gradient at {{name}} has shape {g_shape}, but the update there has "
+            f"shape {u_shape}. {same}"
         )
-    kinds = (jnp.floating, jnp.complexfloating)
-    if not any(all(jnp.issubdtype(d, k) for d in (u_dtype, g_dtype)) for k in kinds):
-        raise ValueError(
-            f"The gradient at {_name(path)} has dtype {g_dtype}, but the update there "
-            f"has dtype {u_dtype}: both must be real or both complex."
+    complexes = [jnp.issubdtype(d, jnp.complexfloating) for d in (u_dtype, g_dtype)]
+    if complexes[0] != complexes[1]:
+        return (
+            f"The gradient at {{name}} has dtype {g_dtype}, but the update there has "
+            f"dtype {u_dtype}: both must be real or both complex. {exempt}"
         )
-    return jnp.asarray(u), jnp.asarray(g)
+    if depth > len(u_shape):
+        return (
+            f"stacked is {depth} at {{name}}, but the update there has shape "
+            f"{u_shape}: give a tree of numbers, with 0 for leaves that stack nothing."
+        )
+    return None
 
 
 def _describe_mismatch(updates: optax.Updates, grad: optax.Updates) -> str:

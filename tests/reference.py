@@ -34,8 +34,8 @@ def element(u, g, direction, opposed_weight, renormalize, min_fraction):
     total = float(np.abs(w).sum())
     scale = {
         "clamp": 1 / max(total / n, min_fraction),
-        "paper": n / (total + 1),
-        "none": 1.0,
+        "plus_one": n / (total + 1),
+        None: 1.0,
     }[renormalize]
     return u * (w * scale).reshape(u.shape)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from optax_cautious import _rule, cautious_adamw, cautious_sgd, with_caution
+from optax_cautious import _mean, cautious_adamw, cautious_sgd, with_caution
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
@@ -37,9 +37,10 @@ def temporaries(tx: optax.GradientTransformation, **options: str) -> float:
         cautious_adamw(1e-3),
         cautious_adamw(1e-3, nesterov=True),
         cautious_adamw(1e-3, monitor=True),
+        cautious_adamw(1e-3, stacked=1),
         cautious_sgd(1e-3, momentum=0.9),
     ],
-    ids=["adamw", "nesterov", "monitor", "sgd"],
+    ids=["adamw", "nesterov", "monitor", "stacked", "sgd"],
 )
 def test_there_is_next_to_none(tx):
     assert temporaries(tx) < 0.05
@@ -57,5 +58,10 @@ def test_leaf_by_leaf_the_chain_keeps_the_update_of_one():
 
 
 def test_the_plain_mean_would_take_as_much_as_the_parameters(monkeypatch):
-    monkeypatch.setattr(_rule, "_fraction_on_cpu", jnp.mean)
+    def plain(mask, axes, dtype):
+        return jnp.mean(mask, axes, dtype)
+
+    monkeypatch.setattr(_mean, "fraction_on_cpu", plain)
+    jax.clear_caches()
     assert temporaries(cautious_adamw(1e-3)) > 0.9
+    jax.clear_caches()

@@ -61,7 +61,7 @@ _HALVED = optax.exponential_decay(3e-2, transition_steps=1000, decay_rate=0.5)
 # These two choose a step about as long as converges. Once k of n coordinates are left
 # with a gradient other than exactly zero, caution would make it n / k times as long,
 # and they would diverge.
-_NOT_LONGER = {"renormalize": "none"}
+_NOT_LONGER = {"renormalize": None}
 
 OPTIMIZERS = {
     "adabelief": Optimizer(lambda: optax.adabelief(1e-2)),

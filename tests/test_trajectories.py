@@ -57,9 +57,9 @@ OPTIMIZERS = {
     ("c_optim_c_adamw", "named"): optax_cautious.cautious_adamw(**ADAM, **DECAY),
     ("timm_cautious_adamw", "chain"): chain(optax.scale_by_adam(**ADAM), "clamp"),
     ("timm_cautious_adamw", "named"): optax_cautious.cautious_adamw(**ADAM, **DECAY),
-    ("c_optim_c_lion", "chain"): chain(optax.scale_by_lion(**LION), "paper"),
+    ("c_optim_c_lion", "chain"): chain(optax.scale_by_lion(**LION), "plus_one"),
     ("c_optim_c_lion", "named"): optax_cautious.cautious_lion(
-        **LION, **DECAY, renormalize="paper"
+        **LION, **DECAY, renormalize="plus_one"
     ),
     ("timm_cautious_lion", "chain"): chain(optax.scale_by_lion(**LION), "clamp"),
     ("timm_cautious_lion", "named"): optax_cautious.cautious_lion(**LION, **DECAY),

@@ -116,7 +116,7 @@ def test_monitor_reports_the_tree_wide_fraction():
 
 
 @pytest.mark.parametrize("opposed_weight", [0.0, 0.5, -1.0])
-@pytest.mark.parametrize("alignment", ["element", "tensor", "tree"])
+@pytest.mark.parametrize("alignment", ["element", "leaf", "tree"])
 def test_monitor_counts_coordinates_whatever_the_rule(alignment, opposed_weight):
     tx = cautious(monitor=True, alignment=alignment, opposed_weight=opposed_weight)
     _, state = tx.update(gradient(0), tx.init(PARAMS), grad=gradient(1))
@@ -203,12 +203,16 @@ def test_a_masked_leaf_may_be_of_any_kind():
     [
         ({"direction": "up"}, "direction must be one of 'descent', 'ascent', got 'up'"),
         (
-            {"alignment": "leaf"},
-            "alignment must be one of 'element', 'tensor', 'tree', got 'leaf'",
+            {"alignment": "tensor"},
+            "alignment must be one of 'element', 'leaf', 'tree', got 'tensor'",
         ),
         (
             {"renormalize": True},
-            "renormalize must be one of 'clamp', 'paper', 'none', got True",
+            "renormalize must be one of 'clamp', 'plus_one', None, got True",
+        ),
+        (
+            {"neutral": "keep"},
+            "neutral must be one of 'hold', 'follow', 'ignore', got 'keep'",
         ),
         ({"opposed_weight": 1.5}, r"opposed_weight must lie in \[-1, 1\], got 1.5"),
         ({"opposed_weight": 1 + 1e-4}, "opposed_weight must lie in"),
@@ -262,7 +266,12 @@ def test_without_a_gradient_the_error_shows_the_ways_out():
         ({**PARAMS, "c": jnp.ones(1)}, r"a leaf at \['c'\], where the update has none"),
         ({**PARAMS, "b": jnp.ones(3)}, r"at \['b'\] has shape \(3,\)"),
         ({**PARAMS, "b": jnp.ones(2, complex)}, r"\['b'\] has dtype complex64"),
-        ({**PARAMS, "b": jnp.ones(2, int)}, r"\['b'\] has dtype int32"),
+        ({**PARAMS, "b": jnp.ones(2, bool)}, r"\['b'\] has dtype bool.* with a mask"),
+        (
+            {**PARAMS, "b": np.zeros(2, jax.dtypes.float0)},
+            r"\['b'\] has dtype .*float0.* with a mask",
+        ),
+        ({**PARAMS, "b": jnp.ones((5, 2))}, "be cautious after the link"),
         ({**PARAMS, "b": "x"}, r"gradient at \['b'\] is 'x', not an array"),
         ({**PARAMS, "b": None}, r"at \['b'\] is None"),
         ({**PARAMS, "b": {"x": jnp.ones(2)}}, r"at \['b'\] is a dict"),
@@ -298,10 +307,14 @@ def test_a_single_array_is_named_the_root():
         cautious().update(jnp.ones(2), optax.EmptyState(), grad=jnp.ones(3))
 
 
-def test_an_integer_update_is_named():
-    updates = {"steps": jnp.arange(3)}
-    with pytest.raises(ValueError, match=r"\['steps'\] has dtype int32.* mask"):
-        cautious().update(updates, optax.EmptyState(), grad=updates)
+def test_an_integer_has_a_sign():
+    """A counter or a table of integers, whose gradient may be zeros."""
+    u = {"steps": jnp.array([1, 2, -3, 4]), "w": jnp.ones(4)}
+    g = {"steps": jnp.array([2, -1, -1, 0], jnp.int8), "w": jnp.ones(4, jnp.uint8)}
+    out, _ = cautious(direction="ascent").update(u, optax.EmptyState(), grad=g)
+    np.testing.assert_array_equal(out["steps"], [2.0, 0.0, -6.0, 0.0])
+    assert out["steps"].dtype == jnp.float32
+    np.testing.assert_array_equal(out["w"], 1.0)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from absl.testing import parameterized
 
 import optax_cautious
+from tests.named import NAMED, make
 
 
 def tree(seed: int) -> dict:
@@ -38,18 +39,19 @@ TRANSFORMATIONS = {
         )
         for alignment, renormalize in (
             ("element", "clamp"),
-            ("element", "paper"),
-            ("element", "none"),
-            ("tensor", "none"),
-            ("tree", "none"),
+            ("element", "plus_one"),
+            ("element", None),
+            ("leaf", None),
+            ("tree", None),
         )
     },
     "with_caution": optax_cautious.with_caution(optax.adamw(1e-2)),
-    "cautious_adamw": optax_cautious.cautious_adamw(1e-2, monitor=True),
-    "cautious_lion": optax_cautious.cautious_lion(1e-2),
-    "cautious_sgd": optax_cautious.cautious_sgd(1e-2, 0.9),
-    "cautious_muon": optax_cautious.cautious_muon(1e-2, weight_decay=0.1),
-    "cautious_adafactor": optax_cautious.cautious_adafactor(1e-2, momentum=0.9),
+    "stacked": optax_cautious.with_caution(
+        optax.adam(1e-2), stacked={"w": 1, "b": 0}, neutral="ignore"
+    ),
+    "cautious_decay": optax_cautious.cautious_adamw(1e-2, cautious_decay=True),
+    "momentum": optax_cautious.cautious_muon(1e-2, caution_on="momentum"),
+    **{name: make(name, 1e-2, monitor=name == "adamw") for name in NAMED},
 }
 
 

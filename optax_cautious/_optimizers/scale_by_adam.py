@@ -1,16 +1,26 @@
 """Adam and caution in one, which saves a pass over Adam's second moment."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_cautious import _caution, _rule
+from optax_cautious import _mean, _rule
+from optax_cautious._caution import Caution, Compare
+from optax_cautious._settings import Direction, merge, split
+
+
+class _Momentum(NamedTuple):
+    """What Adam's first moment is made by; `b1` may be traced."""
+
+    b1: ArrayLike
+    nesterov: bool
 
 
 def scale_by_cautious_adam(
-    caution: _caution.Caution,
+    caution: Caution,
     b1: ArrayLike,
     b2: ArrayLike,
     eps: ArrayLike,
@@ -29,32 +39,40 @@ def scale_by_cautious_adam(
     adam = optax.scale_by_adam(
         b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
     )
+    # A number must not become an array on its way: 1 - b1 would be rounded otherwise
+    # than in Optax, and the compiler could merge nothing.
+    momentum, arrays = split(_Momentum(b1, nesterov))
 
-    def agreements(grads: optax.Updates, state: optax.OptState) -> optax.Updates:
-        compare = functools.partial(
-            _compare,
-            b1=b1,
-            count=state.count,
-            nesterov=nesterov,
-            direction=caution.rule.direction,
-        )
-        return jax.tree.map(compare, grads, state.mu)
+    def compare_with(
+        state: optax.OptState,
+    ) -> tuple[Compare, tuple[optax.Updates, ...]]:
+        def compare(u: jax.Array, g: jax.Array, m: jax.Array) -> _rule.Agreement:
+            del u
+            direction = caution.rule.direction
+            return _compare(
+                g, m, state.count, arrays, momentum=momentum, direction=direction
+            )
 
-    return _caution.wrap(adam, caution, agreements)
+        return compare, (state.mu,)
+
+    return caution.around(adam, compare_with)
 
 
+@functools.partial(jax.jit, static_argnames=("momentum", "direction"))
 def _compare(
     g: jax.Array,
     m: jax.Array,
-    *,
-    b1: ArrayLike,
     count: jax.Array,
-    nesterov: bool,
-    direction: _rule.Direction,
+    arrays: dict[str, Any],
+    *,
+    momentum: _Momentum,
+    direction: Direction,
 ) -> _rule.Agreement:
+    momentum = merge(momentum, arrays)
+
     def agreement(g: jax.Array, m: jax.Array) -> jax.Array:
-        momentum = _momentum(g, m, b1, count, nesterov)
-        return _rule.agreement(momentum, g, direction)
+        m_hat = _m_hat(g, m, count, momentum)
+        return _rule.agreement(m_hat, g, direction=direction)
 
     def computed_again(g: jax.Array, m: jax.Array) -> jax.Array:
         # Without the barrier a compiler merges this with the agreement for the weights
@@ -63,18 +81,20 @@ def _compare(
         # g, which the barrier would store. XLA:CPU would copy what goes through.
         return agreement(g, jax.lax.optimization_barrier(m))
 
-    return _rule.Agreement(
-        weighed=agreement(g, m),
-        counted=jax.lax.platform_dependent(g, m, cpu=agreement, default=computed_again),
-    )
+    weighed = agreement(g, m)
+    if g.size <= _mean.SMALL:
+        return _rule.Agreement(weighed=weighed, counted=weighed)
+    counted = jax.lax.platform_dependent(g, m, cpu=agreement, default=computed_again)
+    return _rule.Agreement(weighed=weighed, counted=counted)
 
 
-def _momentum(
-    g: jax.Array, m: jax.Array, b1: ArrayLike, count: jax.Array, nesterov: bool
+def _m_hat(
+    g: jax.Array, m: jax.Array, count: jax.Array, momentum: _Momentum
 ) -> jax.Array:
     """Returns Adam's m-hat, up to a positive factor."""
+    b1 = momentum.b1
     m = optax.tree.update_moment(g, m, b1, 1)
-    if not nesterov:
+    if not momentum.nesterov:
         return m
     m_hat = optax.tree.bias_correction(m, b1, count + 2)
     g_hat = optax.tree.bias_correction(g, b1, count + 1)

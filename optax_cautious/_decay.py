@@ -1,0 +1,114 @@
+"""Weight decay that does not oppose the update."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_cautious import _rule
+from optax_cautious._settings import Direction, check_direction, check_weight_decay
+from optax_cautious._trees import Mask
+
+
+def decayed_weights(
+    weight_decay: optax.ScalarOrSchedule, mask: Mask, cautious_decay: bool
+) -> optax.GradientTransformation:
+    """Makes the decay of a named optimizer, whose updates point up the loss."""
+    if cautious_decay:
+        return add_cautious_decayed_weights(weight_decay, mask)
+    return optax.add_decayed_weights(weight_decay, mask)
+
+
+def add_cautious_decayed_weights(
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    direction: Direction = "ascent",
+) -> optax.GradientTransformation:
+    r"""Add weight decay where it does not oppose the update that arrives.
+
+    With :math:`u` the update, :math:`\theta` the parameters, :math:`\lambda` the
+    strength of the decay, and :math:`s = 1` for an update that points up the loss
+    (``direction="ascent"``) and -1 for one that is to be added:
+
+    .. math::
+
+      u_i \leftarrow u_i + \begin{cases}
+        s \lambda \theta_i & \text{if } s u_i \theta_i \ge 0 \\
+        0 & \text{otherwise}
+        \end{cases}
+
+    So a weight shrinks where the update shrinks it as well, or does not move it. The
+    update is compared with the *parameters*, and no gradient is needed: this is a link
+    for any chain. Change this::
+
+      optax.chain(
+          optax.scale_by_adam(),
+          optax.add_decayed_weights(0.1),
+          optax.scale_by_learning_rate(3e-4))
+
+    to this::
+
+      optax.chain(
+          optax.scale_by_adam(),
+          add_cautious_decayed_weights(0.1),
+          optax.scale_by_learning_rate(3e-4))
+
+    The named optimizers have it as ``cautious_decay=True``.
+
+    Args:
+      weight_decay: scalar, or schedule of the step; may be traced. Not negative.
+      mask: a tree of bools with the structure of the parameters, or a prefix of it, or
+        a function of the parameters that returns one; decays the leaves at True.
+      direction: ``"ascent"`` for an update that still points up the loss, as behind
+        ``optax.scale_by_*``; ``"descent"`` for one that is to be added to the
+        parameters, as behind a whole optimizer. With either, ``weight_decay=0.1``
+        shrinks the weights.
+
+    Returns:
+      A :class:`optax.GradientTransformation` with the state of
+      :func:`optax.add_decayed_weights`.
+
+    Raises:
+      ValueError: for an unknown direction or a negative decay; in the update, if it is
+        not given the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_cautious import add_cautious_decayed_weights
+      >>> tx = add_cautious_decayed_weights(0.5)
+      >>> params = jnp.array([2., 2., 2., -2.])
+      >>> updates = jnp.array([1., -1., 0., -1.])
+      >>> updates, state = tx.update(updates, tx.init(params), params)
+      >>> print(updates)
+      [ 2. -1.  1. -2.]
+
+    References:
+      Chen et al, `Cautious Weight Decay <https://arxiv.org/abs/2510.12402>`_, 2025
+    """
+    check_direction(direction)
+    check_weight_decay(weight_decay)
+    plain = optax.add_decayed_weights(weight_decay, mask)
+
+    def add(u: jax.Array, decay: jax.Array) -> jax.Array:
+        # What opposes what is to be added to an update points the other way.
+        a = _rule.agreement(u, decay, direction=direction)
+        return jnp.where(a < 0, u, u + decay if direction == "ascent" else u - decay)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, Any]:
+        if params is None:
+            raise ValueError(
+                "add_cautious_decayed_weights needs the parameters: call "
+                "tx.update(grads, state, params)."
+            )
+        # What optax would add, whatever its mask and its schedule.
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        decay, state = plain.update(zeros, state, params)
+        return jax.tree.map(add, updates, decay), state
+
+    return optax.GradientTransformation(plain.init, update_fn)

@@ -1,0 +1,83 @@
+"""How the gradient reaches a link in the middle of a chain."""
+
+from typing import Any
+
+import optax
+
+
+def transformation(
+    tx: optax.GradientTransformation, what: str
+) -> optax.GradientTransformationExtraArgs:
+    """Returns `tx` as a transformation with extra arguments.
+
+    Raises:
+      TypeError: if `tx` is none; `what` is the call that was given it.
+    """
+    if isinstance(tx, optax.MultiSteps):
+        raise TypeError(_MULTI_STEPS.format(what=what))
+    if not hasattr(tx, "init") or not hasattr(tx, "update"):
+        hint = ""
+        if callable(tx):
+            name = getattr(tx, "__name__", "optimizer")
+            hint = f" Call it first: {what}({name}(...))."
+        raise TypeError(
+            f"{what} takes an optimizer, as in {what}(optax.adamw(3e-4)), got "
+            f"{tx!r}.{hint}"
+        )
+    if isinstance(getattr(tx.update, "__self__", None), optax.MultiSteps):
+        raise TypeError(_MULTI_STEPS.format(what=what))
+    return optax.with_extra_args_support(tx)
+
+
+_MULTI_STEPS = """{what} around optax.MultiSteps would take the gradient of the last \
+micro-batch for that of the accumulated step. Put it inside:
+  optax.MultiSteps({what}(optimizer), every_k_schedule=...)"""
+
+
+def provide_gradient(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Pass the updates that arrive on as the extra argument ``grad``, too.
+
+    What arrives at an optimizer is the gradient, so a :func:`cautious` anywhere in
+    ``tx`` finds it there without the caller's help. Put it around the whole optimizer::
+
+      tx = provide_gradient(optax.chain(optax.adamw(3e-4), cautious()))
+
+    Inside :func:`optax.MultiSteps` it passes the accumulated gradient, where a caller
+    could only pass that of the last micro-batch. A ``grad`` from the caller is
+    replaced.
+
+    Args:
+      tx: a transformation that takes, or contains one that takes, ``grad``.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with the state of ``tx``.
+
+    Raises:
+      TypeError: if ``tx`` is no transformation, or a :class:`optax.MultiSteps`, which
+        goes around this.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_cautious import cautious, provide_gradient
+      >>> tx = provide_gradient(optax.chain(optax.sgd(0.5, momentum=0.9), cautious()))
+      >>> params = jnp.array([1., -2.])
+      >>> state = tx.init(params)
+      >>> grads = 2 * params
+      >>> updates, state = tx.update(grads, state, params)
+      >>> print(updates)
+      [-1.  2.]
+    """
+    inner = transformation(tx, "provide_gradient")
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return inner.update(updates, state, params, **{**extra_args, "grad": updates})
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)

@@ -1,0 +1,1 @@
+"""The named optimizers, each in a file of its own."""

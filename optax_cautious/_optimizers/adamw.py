@@ -1,0 +1,115 @@
+"""C-AdamW."""
+
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_cautious._caution import Caution
+from optax_cautious._decay import decayed_weights
+from optax_cautious._optimizers.scale_by_adam import scale_by_cautious_adam
+from optax_cautious._settings import Alignment, AxisName, Neutral, Renormalize
+from optax_cautious._trees import Mask, Stacked
+
+
+def cautious_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    *,
+    nesterov: bool = False,
+    cautious_decay: bool = False,
+    alignment: Alignment = "element",
+    opposed_weight: ArrayLike = 0.0,
+    renormalize: Renormalize = "clamp",
+    min_fraction: ArrayLike = 1e-3,
+    neutral: Neutral = "hold",
+    stacked: Stacked = None,
+    axis_name: AxisName = None,
+    caution_mask: Mask = None,
+    monitor: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""C-AdamW: AdamW that does not move against the gradient.
+
+    With :math:`\hat{m}_t, \hat{v}_t` as in :func:`optax.adamw` and
+    :math:`w_t, \rho_t` the weights and their mean as in :func:`cautious`:
+
+    .. math::
+
+      \begin{align*}
+        u_t &\leftarrow \hat{m}_t / (\sqrt{\hat{v}_t + \bar{\varepsilon}}
+          + \varepsilon) \\
+        u_t &\leftarrow u_t \cdot w_t / \max(\rho_t, \rho_{\min}) \\
+        \theta_{t+1} &\leftarrow \theta_t - \alpha_t (u_t + \lambda \theta_t)
+      \end{align*}
+
+    The weight decay is outside the mask. The state is :func:`optax.adamw`'s, but for
+    ``monitor=True``: either restores the other's checkpoints.
+
+    Args:
+      learning_rate: scalar or schedule; see :func:`optax.adamw`, as for all the
+        arguments up to `nesterov`.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the denominator outside the square root.
+      eps_root: added to the denominator inside the square root.
+      mu_dtype: dtype of the first moment; that of the parameters by default.
+      weight_decay: strength of the decay, multiplied with the learning rate.
+      mask: the leaves to decay.
+      nesterov: whether to use Nesterov momentum.
+      cautious_decay: whether to decay only where that does not oppose the update, see
+        :func:`add_cautious_decayed_weights`.
+      alignment: what the signs are compared of, see :func:`cautious`, as for all the
+        arguments that follow.
+      opposed_weight: the weight of a coordinate that disagrees with the gradient.
+      renormalize: how the remaining coordinates make up for the missing ones.
+      min_fraction: the least fraction that the update is divided by.
+      neutral: what to do where update or gradient is exactly zero.
+      stacked: how many leading axes stack leaves.
+      axis_name: the mapped axes that the leaves are split along.
+      caution_mask: the leaves to be cautious with (``mask`` of :func:`cautious`).
+      monitor: whether the state carries the fraction of coordinates that agreed.
+
+    Returns:
+      The corresponding :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: see :func:`cautious`.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_cautious import cautious_adamw
+      >>> loss = lambda params: jnp.sum(params**2)
+      >>> tx = cautious_adamw(learning_rate=0.003)
+      >>> params = jnp.array([1., 2., 3.])
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     grads = jax.grad(loss)(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{loss(params):.2f}")
+      13.82
+
+    References:
+      Liang et al, `Cautious Optimizers: Improving Training with One Line of Code
+      <https://arxiv.org/abs/2411.16085>`_, 2024
+    """
+    caution = Caution.of(locals(), direction="ascent", mask=caution_mask)
+    return optax.chain(
+        scale_by_cautious_adam(
+            caution,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            eps_root=eps_root,
+            mu_dtype=mu_dtype,
+            nesterov=nesterov,
+        ),
+        decayed_weights(weight_decay, mask, cautious_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )

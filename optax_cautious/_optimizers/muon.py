@@ -1,0 +1,303 @@
+"""C-Muon."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_cautious._caution import Caution
+from optax_cautious._decay import decayed_weights
+from optax_cautious._settings import Alignment, AxisName, Neutral, Renormalize
+from optax_cautious._trees import Mask, Stacked
+
+_Coefficients = tuple[ArrayLike, ArrayLike, ArrayLike]
+NsCoeffs = _Coefficients | tuple[_Coefficients, ...] | str
+
+
+def cautious_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    ns_coeffs: NsCoeffs = (3.4445, -4.7750, 2.0315),
+    ns_steps: ArrayLike = 5,
+    beta: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: Literal["frobenius", "spectral", "aol", "schatten"] = "frobenius",
+    adam_b1: ArrayLike = 0.9,
+    adam_b2: ArrayLike = 0.999,
+    adam_eps_root: ArrayLike = 0.0,
+    adam_weight_decay: ArrayLike = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    muon_weight_dimension_numbers: Any = None,
+    consistent_rms: ArrayLike | None = None,
+    cautious_decay: bool = False,
+    caution_on: Literal["update", "momentum"] = "update",
+    alignment: Alignment = "element",
+    opposed_weight: ArrayLike = 0.0,
+    renormalize: Renormalize = "clamp",
+    min_fraction: ArrayLike = 1e-3,
+    neutral: Neutral = "hold",
+    stacked: Stacked = None,
+    axis_name: AxisName = None,
+    caution_mask: Mask = None,
+    monitor: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""C-Muon: Muon, with its Adam, that does not move against the gradient.
+
+    With :math:`O_t` the orthogonalized and scaled momentum of a matrix, or the Adam
+    update of any other leaf, with :math:`\alpha_t, \lambda` the learning rate and the
+    decay of either kind, and :math:`w_t, \rho_t` the weights and their mean as in
+    :func:`cautious`:
+
+    .. math::
+
+      \theta_{t+1} \leftarrow \theta_t
+        - \alpha_t (O_t \cdot w_t / \max(\rho_t, \rho_{\min}) + \lambda \theta_t)
+
+    So before its weight decay no step moves a coordinate against the gradient. With
+    ``caution_on="momentum"``, as in the authors' present C-Muon, the momentum
+    :math:`m_t` of a matrix is masked before it is orthogonalized,
+
+    .. math::
+
+      \theta_{t+1} \leftarrow \theta_t - \alpha_t
+        (O(m_t \cdot w_t / \max(\rho_t, \rho_{\min})) + \lambda \theta_t)
+
+    and then the step keeps its spectrum, but may move against the gradient. The other
+    leaves are as before.
+
+    The weight decays are outside the mask. The state is :func:`optax.contrib.muon`'s,
+    but for ``monitor=True``.
+
+    Args:
+      learning_rate: scalar or schedule; see :func:`optax.contrib.muon`, as for all the
+        arguments up to `consistent_rms`.
+      ns_coeffs: coefficients of the Newton-Schulz iteration, or a preset's name.
+      ns_steps: number of Newton-Schulz iterations.
+      beta: decay rate of the momentum.
+      eps: added to denominators.
+      weight_decay: strength of the matrices' decay, multiplied with the learning rate.
+      weight_decay_mask: the leaves to decay.
+      mu_dtype: dtype of the momentum; that of the parameters by default.
+      nesterov: whether to use Nesterov momentum.
+      adaptive: whether to scale by the dual norm of the momentum.
+      preconditioning: what to normalize by before the iterations.
+      adam_b1: Adam's decay rate of the first moment.
+      adam_b2: Adam's decay rate of the second moment.
+      adam_eps_root: added inside Adam's square root.
+      adam_weight_decay: strength of the other leaves' decay.
+      adam_learning_rate: learning rate of the other leaves; `learning_rate` by default.
+      muon_weight_dimension_numbers: which axes of which leaves form matrices.
+      consistent_rms: scale at which updates have a shape-independent root mean square.
+      cautious_decay: whether to decay only where that does not oppose the update, see
+        :func:`add_cautious_decayed_weights`.
+      caution_on: ``"update"`` masks the orthogonalized momentum, ``"momentum"`` the
+        momentum before it is orthogonalized.
+      alignment: what the signs are compared of, see :func:`cautious`, as for all the
+        arguments that follow.
+      opposed_weight: the weight of a coordinate that disagrees with the gradient.
+      renormalize: how the remaining coordinates make up for the missing ones.
+      min_fraction: the least fraction that the update is divided by.
+      neutral: what to do where update or gradient is exactly zero.
+      stacked: how many leading axes stack leaves.
+      axis_name: the mapped axes that the leaves are split along.
+      caution_mask: the leaves to be cautious with (``mask`` of :func:`cautious`).
+      monitor: whether the state carries the fraction of coordinates that agreed.
+
+    Returns:
+      The corresponding :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: see :func:`cautious`.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_cautious import cautious_muon
+      >>> loss = lambda params: jnp.sum(params**2)
+      >>> tx = cautious_muon(learning_rate=0.03)
+      >>> params = jnp.array([[1., 2.], [3., 4.]])
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     grads = jax.grad(loss)(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{loss(params):.2f}")
+      28.13
+
+    References:
+      Liang et al, `Cautious Optimizers: Improving Training with One Line of Code
+      <https://arxiv.org/abs/2411.16085>`_, 2024
+
+      Jordan, `Muon: An optimizer for hidden layers in neural networks
+      <https://kellerjordan.github.io/posts/muon/>`_, 2024
+
+      Liu et al, `Muon is Scalable for LLM Training
+      <https://arxiv.org/abs/2502.16982>`_, 2025
+    """
+    caution = Caution.of(locals(), direction="ascent", mask=caution_mask)
+    if caution_on not in ("update", "momentum"):
+        raise ValueError(
+            f"caution_on must be one of 'update', 'momentum', got {caution_on!r}."
+        )
+    if adam_learning_rate is None:
+        adam_learning_rate = learning_rate
+
+    whole = functools.partial(
+        optax.contrib.muon,
+        ns_coeffs=ns_coeffs,
+        ns_steps=ns_steps,
+        eps=eps,
+        mu_dtype=mu_dtype,
+        adaptive=adaptive,
+        preconditioning=preconditioning,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_eps_root=adam_eps_root,
+        muon_weight_dimension_numbers=muon_weight_dimension_numbers,
+        consistent_rms=consistent_rms,
+    )
+    muon = whole(
+        learning_rate,
+        beta=beta,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        nesterov=nesterov,
+        adam_weight_decay=adam_weight_decay,
+        adam_learning_rate=adam_learning_rate,
+    )
+    # A learning rate of -1 leaves the direction, which points up the loss.
+    direction = whole(-1.0, beta=beta, nesterov=nesterov)
+    momentum = {
+        "muon": optax.chain(
+            _momentum(beta, nesterov, mu_dtype), *[optax.identity()] * 3
+        ),
+        "adam": optax.chain(
+            optax.scale_by_adam(
+                adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, nesterov=nesterov
+            ),
+            *[optax.identity()] * 2,
+        ),
+    }
+    # Without a momentum of its own, Muon orthogonalizes what it is given.
+    orthogonalize = whole(-1.0, beta=0.0, nesterov=False)
+    step = {
+        "muon": optax.chain(
+            decayed_weights(weight_decay, weight_decay_mask, cautious_decay),
+            optax.scale_by_learning_rate(learning_rate),
+        ),
+        "adam": optax.chain(
+            decayed_weights(adam_weight_decay, None, cautious_decay),
+            optax.scale_by_learning_rate(adam_learning_rate),
+        ),
+    }
+
+    def update_fn(
+        grads: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        state = caution.inner(state)
+        labels = _labels(state)
+
+        def partition(
+            transforms: dict[str, optax.GradientTransformationExtraArgs],
+        ) -> optax.GradientTransformationExtraArgs:
+            # By a function: a tree of labels may be callable, as an Equinox module is.
+            return optax.partition(transforms, lambda _: labels)
+
+        # Muon's state holds one chain for each label, in which the last two links are
+        # decay and learning rate. Caution, which is for the whole tree, comes before.
+        first = _map_links(
+            lambda links: (*links[:-2], optax.EmptyState(), optax.EmptyState()), state
+        )
+        last = _map_links(lambda links: links[-2:], state)
+        if caution_on == "update":
+            updates, first = direction.update(grads, first, params)
+            updates, own = caution.update(updates, grads)
+        else:
+            updates, first = partition(momentum).update(grads, first, params)
+            updates, own = caution.update(updates, grads)
+            orthogonal, _ = orthogonalize.update(
+                updates, orthogonalize.init(updates), params
+            )
+            updates = jax.tree.map(
+                lambda label, o, u: o if label == "muon" else u,
+                labels,
+                orthogonal,
+                updates,
+            )
+        updates, last = partition(step).update(updates, last, params)
+        state = _map_links(lambda links, end: (*links[:-2], *end), first, last)
+        return updates, caution.join(state, own)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return caution.join(muon.init(params), caution.init())
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _momentum(
+    beta: ArrayLike, nesterov: bool, mu_dtype: DTypeLike | None
+) -> optax.GradientTransformation:
+    """Makes what :func:`optax.contrib.scale_by_muon` orthogonalizes, in its state."""
+
+    def update_fn(
+        grads: optax.Updates,
+        state: optax.contrib.MuonState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.contrib.MuonState]:
+        del params
+        mu = optax.tree.update_moment(grads, state.mu, beta, 1)
+        count = optax.safe_increment(state.count)
+        if nesterov:
+            mu_hat = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
+            g_hat = optax.tree.bias_correction(grads, beta, count)
+            mu_hat = optax.tree.update_moment(g_hat, mu_hat, beta, 1)
+        else:
+            mu_hat = optax.tree.bias_correction(mu, beta, count)
+        mu = optax.tree.cast(mu, mu_dtype)
+        return mu_hat, state._replace(count=count, mu=mu)
+
+    # The state is made by Muon itself.
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update_fn)
+
+
+def _labels(state: optax.OptState) -> Any:
+    """Tells the matrices, which have a momentum in Muon's state, from the rest."""
+
+    def is_masked(mu: Any) -> bool:
+        return isinstance(mu, optax.MaskedNode)
+
+    return jax.tree.map(
+        lambda mu: "adam" if is_masked(mu) else "muon",
+        state.inner_states["muon"].inner_state[0].mu,
+        is_leaf=is_masked,
+    )
+
+
+def _map_links(
+    f: Callable[..., tuple[Any, ...]], state: optax.OptState, *others: optax.OptState
+) -> optax.OptState:
+    """Maps the chains' states in the state of an :func:`optax.partition` of chains."""
+    return state._replace(
+        inner_states={
+            label: masked._replace(
+                inner_state=f(
+                    masked.inner_state,
+                    *(other.inner_states[label].inner_state for other in others),
+                )
+            )
+            for label, masked in state.inner_states.items()
+        }
+    )
