@@ -15,23 +15,26 @@ def agreement(u, g, direction: str) -> float:
     return s * float(np.sign((u * complex(g).conjugate()).real))
 
 
-def element(u, g, direction, opposed_weight, renormalize, min_fraction):
+def element(u, g, direction, opposed_weight, renormalize, min_fraction, neutral="hold"):
     """Returns the cautious update of one leaf."""
     u = np.asarray(u)
-    weights = []
+    weights, live = [], []
     for u_i, g_i in zip(u.ravel().tolist(), np.asarray(g).ravel().tolist()):
         a = agreement(u_i, g_i, direction)
+        live.append(a != 0 or neutral != "ignore")
         if a > 0:
             weights.append(1.0)
         elif a < 0:
             weights.append(opposed_weight)
+        elif neutral == "follow":
+            weights.append(1.0)
         else:
             weights.append(max(opposed_weight, 0.0))
     w = np.array(weights, np.float64)
-    n = w.size
+    n = sum(live)
     if n == 0:
-        return u
-    total = float(np.abs(w).sum())
+        return u * w.reshape(u.shape)
+    total = float(np.abs(w)[live].sum())
     scale = {
         "clamp": 1 / max(total / n, min_fraction),
         "plus_one": n / (total + 1),

@@ -72,9 +72,10 @@ def assert_close(actual: jax.Array, expected: np.ndarray, dtype) -> None:
     opposed_weight=OPPOSED_WEIGHTS,
     renormalize=st.sampled_from(("clamp", "plus_one", None)),
     min_fraction=st.sampled_from((1e-3, 0.3, 1.0)),
+    neutral=st.sampled_from(("hold", "follow", "ignore")),
 )
 def test_element_is_the_reference(
-    pair, direction, opposed_weight, renormalize, min_fraction
+    pair, direction, opposed_weight, renormalize, min_fraction, neutral
 ):
     u, g = pair
     settings = {
@@ -82,6 +83,7 @@ def test_element_is_the_reference(
         "opposed_weight": opposed_weight,
         "renormalize": renormalize,
         "min_fraction": min_fraction,
+        "neutral": neutral,
     }
     tx = cautious(**settings)
     actual, _ = tx.update(u, tx.init(u), grad=g)

@@ -67,6 +67,14 @@ OPTIMIZERS = {
         optax.trace(0.9, nesterov=True), "clamp"
     ),
     ("timm_cautious_sgdw_nesterov", "named"): sgdw(momentum=0.9, nesterov=True),
+    ("c_optim_c_muon", "named"): optax_cautious.cautious_muon(
+        **DECAY,
+        nesterov=False,
+        adam_b1=0.9,
+        adam_b2=0.95,
+        adam_weight_decay=0.1,
+        caution_on="momentum",
+    ),
 }
 
 
