@@ -242,9 +242,11 @@ class OptimizerConfig:
     """Caution: weight of the coordinates whose update opposes the gradient."""
     min_fraction: float | None = None
     """Caution: the aligned fraction below which the update is not scaled up further."""
-    renormalize: Literal["clamp", "paper", "none"] | None = None
+    renormalize: Literal["clamp", "plus_one", "none"] | None = None
     """Caution: how the update is scaled up."""
-    alignment: Literal["element", "tensor", "tree"] | None = None
+    neutral: Literal["hold", "follow", "ignore"] | None = None
+    """Caution: what happens where the update or the gradient is exactly zero."""
+    alignment: Literal["element", "leaf", "tree"] | None = None
     """Caution: what agrees or opposes as one. A tree is one layer, or all that is
     outside the layers."""
     exempt_embedding: bool = False
@@ -262,9 +264,12 @@ class OptimizerConfig:
     @property
     def caution(self) -> dict[str, Any]:
         """The options of caution that are given."""
-        names = ("opposed_weight", "min_fraction", "renormalize", "alignment")
+        names = ("opposed_weight", "min_fraction", "renormalize", "neutral", "alignment")
         given = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in given.items() if value is not None}
+        options = {name: value for name, value in given.items() if value is not None}
+        if options.get("renormalize") == "none":
+            options["renormalize"] = None
+        return options
 
     def named(self, name: OptimizerName, learning_rate: float | None) -> Self:
         """Changes the name and the learning rate, and drops what the name has not."""

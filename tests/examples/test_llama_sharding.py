@@ -428,6 +428,7 @@ BETAS = {"b1": 0.8, "b2": 0.5, "eps": 1e-3}
 
 def constructed(name, schedule, **options):
     """Makes an optimizer as one does without the program."""
+    options = {k: None if v == "none" else v for k, v in options.items()}
     match name:
         case "adamw":
             return optax.adamw(schedule, **options)
@@ -458,8 +459,8 @@ def constructed(name, schedule, **options):
         ("cautious_nadamw", BETAS),
         ("cautious_adamw", {"opposed_weight": 0.5, "min_fraction": 0.9}),
         ("cautious_adamw", {"renormalize": "none"}),
-        ("cautious_nadamw", {"renormalize": "paper"}),
-        ("cautious_nadamw", {"alignment": "tensor"}),
+        ("cautious_nadamw", {"renormalize": "plus_one"}),
+        ("cautious_nadamw", {"alignment": "leaf"}),
     ],
 )
 def test_an_optimizer_is_that_of_its_package(name, options):
