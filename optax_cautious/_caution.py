@@ -175,10 +175,12 @@ class Caution(NamedTuple):
             for leaf, a in zip(leaves, agreements, strict=True)
         ]
         # Of slices, which are of one size, the mean is that of the leaf.
-        means = jnp.stack(
-            [jnp.mean(x) if x.size else jnp.float32(0) for x in fractions]
-        )
-        return jnp.average(means, weights=jnp.array(sizes, jnp.float32))
+        counts = [
+            (jnp.mean(x) if x.ndim else x) * n
+            for x, n in zip(fractions, sizes, strict=True)
+            if n
+        ]
+        return jnp.float32(sum(counts) / sum(sizes))
 
 
 def chain(

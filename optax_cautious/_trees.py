@@ -65,11 +65,14 @@ def pair(
         if problem:
             paths = jax.tree_util.tree_flatten_with_path(updates)[0]
             raise ValueError(problem.format(name=_name(paths[i][0])))
-        u, g = jnp.asarray(u), jnp.asarray(g)
-        if not jnp.issubdtype(u.dtype, jnp.inexact):
-            u = u.astype(jnp.float32)  # as it becomes times a learning rate
-        leaves.append(Leaf(u, g, depths[i]))
+        leaves.append(Leaf(_inexact(u), _inexact(g), depths[i]))
     return Pairs(leaves, kept, arrays, treedef)
+
+
+def _inexact(x: Any) -> jax.Array:
+    """Returns an array, of float32 where it holds integers, as times a number."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 
 def _gradients(updates: optax.Updates, grad: optax.Updates) -> list[Any]:

@@ -264,7 +264,13 @@ class OptimizerConfig:
     @property
     def caution(self) -> dict[str, Any]:
         """The options of caution that are given."""
-        names = ("opposed_weight", "min_fraction", "renormalize", "neutral", "alignment")
+        names = (
+            "opposed_weight",
+            "min_fraction",
+            "renormalize",
+            "neutral",
+            "alignment",
+        )
         given = {name: getattr(self, name) for name in names}
         options = {name: value for name, value in given.items() if value is not None}
         if options.get("renormalize") == "none":
