@@ -37,6 +37,7 @@ costs: $(VENV)/.examples
 	XLA_FLAGS=--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED \
 	  $(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.tracing
 	$(TRAIN) -m benchmarks.training_step cpu
 	.venv-tpu/bin/python -m benchmarks.tpu
 	.venv-tpu/bin/python -m benchmarks.training_step tpu

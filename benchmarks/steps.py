@@ -22,6 +22,12 @@ WEIGHT_DECAY = 0.1
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "optax.adamw": optax.adamw,
     "cautious_adamw": optax_cautious.cautious_adamw,
+    "cautious_adamw(cautious_decay=True)": lambda *args, **kwargs: (
+        optax_cautious.cautious_adamw(*args, cautious_decay=True, **kwargs)
+    ),
+    "cautious_adamw(stacked=1)": lambda *args, **kwargs: optax_cautious.cautious_adamw(
+        *args, stacked=1, **kwargs
+    ),
     "chain(optax.adamw, cautious)": lambda *args, **kwargs: (
         optax_cautious.provide_gradient(
             optax.chain(optax.adamw(*args, **kwargs), optax_cautious.cautious())

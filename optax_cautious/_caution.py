@@ -152,7 +152,7 @@ class Caution(NamedTuple):
         """Takes the state of caution off again."""
         if not self.monitor:
             return state
-        if not isinstance(state, tuple) or CautiousState not in map(type, state[1:]):
+        if [type(part) for part in state[1:]] != [CautiousState]:
             raise ValueError(
                 "monitor=True, but the state is one without a monitor: a "
                 f"{type(state).__name__} that does not end in a CautiousState. Make it "
@@ -165,7 +165,8 @@ class Caution(NamedTuple):
         self, leaves: list[_rule.Leaf], agreements: list[_rule.Agreement]
     ) -> jax.Array:
         """Returns the mean of the leaves' fractions, weighted by their sizes."""
-        sizes = [leaf.u.size for leaf in leaves]
+        # As integers JAX would take them for int32, which ends at 2^31.
+        sizes = [float(leaf.u.size) for leaf in leaves]
         if sum(sizes) == 0:
             return jnp.zeros((), jnp.float32)
         fractions = [

@@ -60,7 +60,8 @@ def add_cautious_decayed_weights(
     Args:
       weight_decay: scalar, or schedule of the step; may be traced. Not negative.
       mask: a tree of bools with the structure of the parameters, or a prefix of it, or
-        a function of the parameters that returns one; decays the leaves at True.
+        a function of the parameters that returns one; decays the leaves at True. Under
+        :func:`optax.inject_hyperparams` a function has to be named in ``static_args``.
       direction: ``"ascent"`` for an update that still points up the loss, as behind
         ``optax.scale_by_*``; ``"descent"`` for one that is to be added to the
         parameters, as behind a whole optimizer. With either, ``weight_decay=0.1``

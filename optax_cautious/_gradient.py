@@ -11,7 +11,7 @@ def transformation(
     """Returns `tx` as a transformation with extra arguments.
 
     Raises:
-      TypeError: if `tx` is none; `what` is the call that was given it.
+      TypeError: if `tx` is not an optimizer; `what` is the call that was given it.
     """
     if isinstance(tx, optax.MultiSteps):
         raise TypeError(_MULTI_STEPS.format(what=what))
@@ -55,8 +55,8 @@ def provide_gradient(
       A :class:`optax.GradientTransformationExtraArgs` with the state of ``tx``.
 
     Raises:
-      TypeError: if ``tx`` is no transformation, or a :class:`optax.MultiSteps`, which
-        goes around this.
+      TypeError: if ``tx`` is not a transformation, or is an
+        :class:`optax.MultiSteps`, which goes around this.
 
     Examples:
       >>> import jax.numpy as jnp

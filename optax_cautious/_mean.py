@@ -45,5 +45,6 @@ def fraction_on_cpu(
     return total / _count(mask, axes)
 
 
-def _count(x: jax.Array, axes: tuple[int, ...]) -> int:
-    return math.prod(x.shape[axis] for axis in axes)
+def _count(x: jax.Array, axes: tuple[int, ...]) -> float:
+    # As an integer JAX would take it for an int32, which ends at 2^31.
+    return float(math.prod(x.shape[axis] for axis in axes))

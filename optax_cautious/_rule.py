@@ -154,7 +154,7 @@ def _scale(rule: Rule, a: jax.Array, stacked: int, dtype: DTypeLike) -> ArrayLik
     if rule.renormalize is None:
         return 1.0
     axes, ignores = _axes(a, stacked), rule.neutral == "ignore"
-    n = math.prod(a.shape[axis] for axis in axes)
+    n = float(math.prod(a.shape[axis] for axis in axes))
     w = _weights(rule, a, dtype)
     if w.dtype != jnp.bool_:
         w = jnp.where(a == 0, 0, jnp.abs(w)) if ignores else jnp.abs(w)

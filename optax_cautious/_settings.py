@@ -57,10 +57,10 @@ def check_direction(direction: Any) -> None:
 
 def check_weight_decay(weight_decay: Any) -> None:
     """Raises a ValueError for a negative decay, if it is a number known by now."""
-    if isinstance(weight_decay, (int, float)) and weight_decay < 0:
+    if isinstance(weight_decay, (int, float, np.number)) and weight_decay < 0:
         raise ValueError(
-            f"weight_decay must not be negative, got {weight_decay}: for an update "
-            'that is to be added to the parameters, set direction="descent" instead.'
+            f"Cautious weight decay must not be negative, got {weight_decay}: it "
+            "shrinks the weights whatever the direction of the update."
         )
 
 

@@ -144,7 +144,7 @@ def cautious(
         slice has its own mean (with ``"leaf"``, its own inner product). An int for all
         leaves, a tree of ints with the structure of the updates, or a prefix of it such
         as ``{"layers": 1, "head": 0}``, or a function of the updates that returns one.
-        ``None`` is 0.
+        ``stacked=None`` is 0 everywhere.
       axis_name: the mapped axis, or axes, that the leaves are split along, equally, in
         ``jax.shard_map`` or ``jax.pmap``. Needed there alone: under ``jax.jit`` the
         fraction of a sharded leaf is global already. Do not give it for leaves that
@@ -162,8 +162,9 @@ def cautious(
       A :class:`optax.GradientTransformationExtraArgs` whose update takes the gradient
       as the keyword ``grad``, a tree like the updates, and returns the updates in their
       own dtypes, integers as float32. Its state is empty, or :class:`CautiousState`
-      with ``monitor=True``. An update that is NaN comes out NaN; a finite one stays
-      finite, whatever its gradient, unless the scale makes it overflow.
+      with ``monitor=True``. An update that is NaN, or infinite and opposed, comes out
+      NaN; a finite one stays finite, whatever its gradient, unless the scale makes it
+      overflow.
 
     Raises:
       ValueError: for an argument outside its range; in the update, if the gradient is
@@ -261,7 +262,7 @@ def with_caution(
       opposed_weight: the weight of a coordinate that disagrees.
       renormalize: how the remaining coordinates make up for the missing ones.
       min_fraction: the least fraction that the update is divided by.
-      neutral: what to do where update or gradient is exactly zero.
+      neutral: what to do where update or gradient is exactly zero or NaN.
       stacked: how many leading axes stack leaves.
       axis_name: the mapped axes that the leaves are split along.
       mask: the leaves to be cautious with.
@@ -273,8 +274,8 @@ def with_caution(
 
     Raises:
       ValueError: see :func:`cautious`.
-      TypeError: if ``optimizer`` is none, or a :class:`optax.MultiSteps`, which goes
-        around this.
+      TypeError: if ``optimizer`` is not an optimizer, or is an
+        :class:`optax.MultiSteps`, which goes around this.
 
     Examples:
       >>> import jax.numpy as jnp

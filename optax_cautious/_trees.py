@@ -94,11 +94,11 @@ def _kept(mask: Mask, updates: optax.Updates) -> list[bool]:
         return [True] * n
     tree = mask(updates) if _is_callable(mask) else mask
     # optax.inject_hyperparams calls a function with the step instead of the updates.
-    is_one_bool = isinstance(tree, (bool, np.bool_, np.ndarray, jax.Array))
-    if is_one_bool and not isinstance(tree, jax.core.Tracer) and n > 1:
+    is_traced = isinstance(tree, jax.core.Tracer)
+    if isinstance(tree, ARRAY_LIKE) and not is_traced and not _is_leaf(updates):
         raise ValueError(
-            f"mask is {tree!r}, one bool for a tree of {n} arrays: give a tree of "
-            "bools, or a function of the updates that returns one. "
+            f"mask is {tree!r}, one bool for a tree of arrays: give a tree of bools, "
+            "or a function of the updates that returns one. "
             + _STATIC_ARGS.format(name="the mask")
         )
     try:
@@ -107,6 +107,7 @@ def _kept(mask: Mask, updates: optax.Updates) -> list[bool]:
         raise ValueError(
             "mask must be a tree of bools with the structure of the updates, or a "
             f"prefix of it, or a function that returns one: {error}"
+            + _hint_of_a_part(updates)
         ) from error
 
 
@@ -115,13 +116,20 @@ def _depths(stacked: Stacked, updates: optax.Updates) -> list[int]:
     if stacked is None:
         return [0] * len(jax.tree.leaves(updates))
     tree = stacked(updates) if _is_callable(stacked) else stacked
+    # optax.inject_hyperparams calls a function with the step instead of the updates.
+    if isinstance(tree, int) and tree == 0 and not _is_leaf(updates):
+        raise ValueError(
+            "stacked is 0, one number for a tree of arrays: give a tree of numbers, a "
+            "function of the updates that returns one, or None where nothing is "
+            "stacked. " + _STATIC_ARGS.format(name="stacked")
+        )
     try:
         return [_as_depth(depth) for depth in _broadcast(tree, updates)]
     except (ValueError, TypeError) as error:
         raise ValueError(
             "stacked must be a number of leading axes, or a tree of them with the "
             "structure of the updates, or a prefix of it, or a function that returns "
-            f"one: {error}"
+            f"one: {error}" + _hint_of_a_part(updates)
         ) from error
 
 
@@ -131,6 +139,17 @@ def _broadcast(prefix: Any, tree: optax.Updates) -> list[Any]:
     leaves, treedef = jax.tree.flatten(prefix)
     pairs = zip(leaves, treedef.flatten_up_to(tree), strict=True)
     return [leaf for leaf, subtree in pairs for _ in jax.tree.leaves(subtree)]
+
+
+def _is_leaf(tree: optax.Updates) -> bool:
+    return jax.tree_util.all_leaves([tree])
+
+
+def _hint_of_a_part(updates: optax.Updates) -> str:
+    entries = jax.tree.leaves(updates, is_leaf=_is_absent)
+    if not any(isinstance(entry, optax.MaskedNode) for entry in entries):
+        return ""
+    return " Inside optax.partition or optax.masked, give a function of the updates."
 
 
 def _is_absent(x: Any) -> bool:
@@ -159,7 +178,9 @@ def _as_depth(depth: Any) -> int:
             f"got the array {depth!r}. " + _STATIC_ARGS.format(name="stacked")
         )
     if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or depth < 0:
-        raise TypeError(f"got the leaf {depth!r}.")
+        raise TypeError(
+            f"got the leaf {depth!r}. " + _STATIC_ARGS.format(name="stacked")
+        )
     return int(depth)
 
 
@@ -230,10 +251,13 @@ def _describe_mismatch(updates: optax.Updates, grad: optax.Updates) -> str:
             f"its containers are {jax.tree.structure(grad)}, the update's are "
             f"{jax.tree.structure(updates)}"
         )
-    return (
-        f"The gradient's tree does not match the update's: {detail}. Pass the "
-        "gradient of the same parameters."
-    )
+    way_out = "Pass the gradient of the same parameters."
+    if extra:  # As where a node of the user's, such as Haiku's, drops what is masked.
+        way_out += (
+            " Behind optax.masked or optax.partition, mask_compatible_extra_args=True "
+            "masks it like the updates."
+        )
+    return f"The gradient's tree does not match the update's: {detail}. {way_out}"
 
 
 def _name(path: Any) -> str:

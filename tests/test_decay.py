@@ -87,7 +87,7 @@ def test_dtypes_none_and_nan():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="weight_decay must not be negative"):
+    with pytest.raises(ValueError, match="Cautious weight decay must not be negative"):
         add_cautious_decayed_weights(-0.1)
     with pytest.raises(ValueError, match="direction must be one of"):
         add_cautious_decayed_weights(0.1, direction="up")

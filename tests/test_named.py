@@ -200,10 +200,11 @@ def test_inject_hyperparams(name):
     np.testing.assert_allclose(state.hyperparams["min_fraction"], 1e-3)
 
 
+@pytest.mark.parametrize("rate", [-1e-2, np.float32(-1e-2)])
 @pytest.mark.parametrize("name", NAMED)
-def test_a_negative_learning_rate_climbs(name):
+def test_a_negative_learning_rate_climbs(name, rate):
     params = params_for({})
-    tx = make(name, -1e-2)
+    tx = make(name, rate)
     state = tx.init(params)
     grads = params
     for _ in range(3):

@@ -93,6 +93,19 @@ def test_nodes_that_check_their_children_behind_a_mask(form):
     )
 
 
+def test_a_haiku_mapping_behind_optaxs_mask():
+    """Of a masked mapping no place is left, so the caller's gradient must be masked."""
+    params = NODES["haiku"]
+    mask = jax.tree.map(lambda x: x.ndim == 2, params)
+    tx = optax.masked(cautious(), mask)
+    with pytest.raises(ValueError, match="mask_compatible_extra_args=True"):
+        tx.update(params, tx.init(params), grad=params)
+    tx = optax.masked(cautious(), mask, mask_compatible_extra_args=True)
+    out, _ = tx.update(params, tx.init(params), grad=params)
+    np.testing.assert_array_equal(out["a"], 0)
+    np.testing.assert_array_equal(out["b"], params["b"])
+
+
 @pytest.mark.parametrize("node", NODES)
 def test_decay_and_fractions_of_nodes_that_check_their_children(node):
     params = NODES[node]
@@ -130,10 +143,11 @@ def test_a_mask_that_optax_has_called_with_the_step(wrap):
         wrap(tx.update)(ARRAYS, state, ARRAYS)
 
 
-@pytest.mark.parametrize("mask", [True, False, np.bool_(True), jnp.array(True)])
-def test_one_bool_for_a_tree_of_several_arrays(mask):
-    with pytest.raises(ValueError, match="one bool for a tree of 2 arrays"):
-        cautious(mask=mask).update(ARRAYS, optax.EmptyState(), grad=ARRAYS)
+@pytest.mark.parametrize("mask", [True, False, 1, np.bool_(True), jnp.array(True)])
+@pytest.mark.parametrize("tree", [ARRAYS, {"w": jnp.ones((2, 2))}])
+def test_one_bool_for_a_tree(tree, mask):
+    with pytest.raises(ValueError, match=r"one bool for a tree of arrays.*static_args"):
+        cautious(mask=mask).update(tree, optax.EmptyState(), grad=tree)
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -190,6 +204,21 @@ def test_a_state_without_a_monitor():
     tx = with_caution(optax.adam(0.1), monitor=True)
     with pytest.raises(ValueError, match=r"monitor=True, but .* docs/usage.md"):
         tx.update(ARRAYS, optax.adam(0.1).init(ARRAYS), ARRAYS)
+
+
+@pytest.mark.parametrize("make_tx", [cautious_adam, cautious_sgd])
+@pytest.mark.parametrize("monitor", [False, True])
+def test_more_coordinates_than_an_int32_counts(make_tx, monitor):
+    params = {
+        "one": jax.ShapeDtypeStruct((50_000, 60_000), jnp.float32),
+        "many": jax.ShapeDtypeStruct((2, 40_000, 40_000), jnp.float32),
+    }
+    for neutral in ("hold", "ignore"):
+        stacked = {"one": 0, "many": 1}
+        tx = make_tx(0.1, neutral=neutral, stacked=stacked, monitor=monitor)
+        state = jax.eval_shape(tx.init, params)
+        jax.eval_shape(tx.update, params, state, params)
+    jax.eval_shape(aligned_fraction, params, params)
 
 
 # What is traced and compiled.

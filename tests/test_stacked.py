@@ -98,8 +98,9 @@ def test_an_int_or_a_prefix_of_the_tree():
 
 def test_none_is_zero():
     u, g = draw(0), draw(1)
+    zeros = jax.tree.map(lambda _: 0, u)
     chex.assert_trees_all_equal(
-        step(cautious(stacked=0, monitor=True), u, g),
+        step(cautious(stacked=zeros, monitor=True), u, g),
         step(cautious(monitor=True), u, g),
     )
 
@@ -191,7 +192,8 @@ def test_sharded_it_is_one_device(rule):
     [
         (2, r"stacked is 2 at \['head'\].*give a tree of numbers"),
         ({"layers": 1}, "stacked must be a number of leading axes, or a tree"),
-        (-1, "got the leaf -1"),
+        (0, "None where nothing is stacked.*ame stacked in static_args"),
+        ({"layers": 0, "head": -1}, "got the leaf -1.*static_args"),
         (True, "got the leaf True"),
         (1.0, "got the leaf 1.0"),
         ("layers", "got the leaf 'layers'"),
@@ -202,6 +204,36 @@ def test_what_cannot_be_meant(stacked, message):
     u = {"layers": jnp.ones((2, 3)), "head": jnp.ones(3)}
     with pytest.raises(ValueError, match=message):
         step(cautious(stacked=stacked), u, u)
+
+
+def test_a_function_that_optax_has_called_with_the_step():
+    make = optax.inject_hyperparams(cautious_adam)
+    for function in (lambda u: 0, lambda u: u.ndim - 2):
+        tx = make(0.1, stacked=lambda u, f=function: jax.tree.map(f, u))
+        state = tx.init(draw(0))
+        with pytest.raises(ValueError, match="name stacked in static_args"):
+            tx.update(draw(0), state, draw(0))
+
+
+def test_a_tree_for_all_parts_of_a_partition():
+    """Of which each part sees its own: by a function of the updates."""
+
+    def stacked(updates):
+        known = {"layers": 1, "head": 0}
+        return {k: jax.tree.map(lambda _, n=n: n, updates[k]) for k, n in known.items()}
+
+    u = {"layers": {"k": jnp.ones((2, 3))}, "head": jnp.ones(3)}
+    labels = {"layers": "a", "head": "b"}
+    full = {"layers": {"k": 1}, "head": 0}
+    for given, fits in ((stacked, True), (full, False)):
+        tx = optax.partition(
+            {k: with_caution(optax.sgd(0.1), stacked=given) for k in "ab"}, labels
+        )
+        if fits:
+            tx.update(u, tx.init(u), u)
+        else:
+            with pytest.raises(ValueError, match="give a function of the updates"):
+                tx.update(u, tx.init(u), u)
 
 
 def test_inject_hyperparams_takes_it_as_a_static_argument():

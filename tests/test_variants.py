@@ -45,13 +45,16 @@ TRANSFORMATIONS = {
             ("tree", None),
         )
     },
-    "with_caution": optax_cautious.with_caution(optax.adamw(1e-2)),
     "stacked": optax_cautious.with_caution(
         optax.adam(1e-2), stacked={"w": 1, "b": 0}, neutral="ignore"
     ),
     "cautious_decay": optax_cautious.cautious_adamw(1e-2, cautious_decay=True),
     "momentum": optax_cautious.cautious_muon(1e-2, caution_on="momentum"),
-    **{name: make(name, 1e-2, monitor=name == "adamw") for name in NAMED},
+    **{  # adamw with a monitor is adam and more
+        name: make(name, 1e-2, monitor=name == "adamw")
+        for name in NAMED
+        if name != "adam"
+    },
 }
 
 

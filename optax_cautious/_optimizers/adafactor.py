@@ -1,5 +1,8 @@
 """Cautious Adafactor."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
@@ -55,7 +58,9 @@ def cautious_adafactor(
 
     Args:
       learning_rate: scalar or schedule; see :func:`optax.adafactor`, as for all the
-        arguments up to `weight_decay_mask`.
+        arguments up to `weight_decay_mask`. It is below zero, to maximize, only as a
+        number that is known when the optimizer is made: it comes before the momentum,
+        and caution has to know which way the update points.
       min_dim_size_to_factor: factor only where two dimensions are this large.
       decay_rate: exponent of the second moment's decay.
       decay_offset: the step at which fine-tuning starts.
@@ -74,7 +79,7 @@ def cautious_adafactor(
       opposed_weight: the weight of a coordinate that disagrees with the gradient.
       renormalize: how the remaining coordinates make up for the missing ones.
       min_fraction: the least fraction that the update is divided by.
-      neutral: what to do where update or gradient is exactly zero.
+      neutral: what to do where update or gradient is exactly zero or NaN.
       stacked: how many leading axes stack leaves.
       axis_name: the mapped axes that the leaves are split along.
       caution_mask: the leaves to be cautious with (``mask`` of :func:`cautious`).
@@ -111,7 +116,9 @@ def cautious_adafactor(
     """
     # The learning rate comes before the momentum, and so before caution. One below zero
     # turns the update round.
-    is_negative = isinstance(learning_rate, (int, float)) and learning_rate < 0
+    rate: Any = learning_rate
+    is_known = not (rate is None or callable(rate) or isinstance(rate, jax.core.Tracer))
+    is_negative = is_known and rate < 0
     caution = Caution.of(
         locals(), direction="descent" if is_negative else "ascent", mask=caution_mask
     )

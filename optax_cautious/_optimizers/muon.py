@@ -70,8 +70,9 @@ def cautious_muon(
       \theta_{t+1} \leftarrow \theta_t - \alpha_t
         (O(m_t \cdot w_t / \max(\rho_t, \rho_{\min})) + \lambda \theta_t)
 
-    and then the step keeps its spectrum, but may move against the gradient. The other
-    leaves are as before.
+    and then the step keeps its spectrum, but may move against the gradient. Its size is
+    that of the orthogonalized matrix, whatever the scale, so ``renormalize`` and
+    ``min_fraction`` matter for the other leaves alone, which are as before.
 
     The weight decays are outside the mask. The state is :func:`optax.contrib.muon`'s,
     but for ``monitor=True``.
@@ -105,7 +106,7 @@ def cautious_muon(
       opposed_weight: the weight of a coordinate that disagrees with the gradient.
       renormalize: how the remaining coordinates make up for the missing ones.
       min_fraction: the least fraction that the update is divided by.
-      neutral: what to do where update or gradient is exactly zero.
+      neutral: what to do where update or gradient is exactly zero or NaN.
       stacked: how many leading axes stack leaves.
       axis_name: the mapped axes that the leaves are split along.
       caution_mask: the leaves to be cautious with (``mask`` of :func:`cautious`).
@@ -187,7 +188,8 @@ def cautious_muon(
             *[optax.identity()] * 2,
         ),
     }
-    # Without a momentum of its own, Muon orthogonalizes what it is given.
+    # Without a momentum of its own, Muon orthogonalizes what it is given. Of its state
+    # only the coefficients matter then.
     orthogonalize = whole(-1.0, beta=0.0, nesterov=False)
     step = {
         "muon": optax.chain(
@@ -228,9 +230,7 @@ def cautious_muon(
         else:
             updates, first = partition(momentum).update(grads, first, params)
             updates, own = caution.update(updates, grads)
-            orthogonal, _ = orthogonalize.update(
-                updates, orthogonalize.init(updates), params
-            )
+            orthogonal, _ = orthogonalize.update(updates, first, params)
             updates = jax.tree.map(
                 lambda label, o, u: o if label == "muon" else u,
                 labels,

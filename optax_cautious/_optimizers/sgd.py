@@ -55,7 +55,7 @@ def cautious_sgd(
       opposed_weight: the weight of a coordinate that disagrees with the gradient.
       renormalize: how the remaining coordinates make up for the missing ones.
       min_fraction: the least fraction that the update is divided by.
-      neutral: what to do where update or gradient is exactly zero.
+      neutral: what to do where update or gradient is exactly zero or NaN.
       stacked: how many leading axes stack leaves.
       axis_name: the mapped axes that the leaves are split along.
       caution_mask: the leaves to be cautious with (``mask`` of :func:`cautious`).
