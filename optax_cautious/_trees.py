@@ -251,13 +251,10 @@ def _describe_mismatch(updates: optax.Updates, grad: optax.Updates) -> str:
             f"its containers are {jax.tree.structure(grad)}, the update's are "
             f"{jax.tree.structure(updates)}"
         )
-    way_out = "Pass the gradient of the same parameters."
-    if extra:  # As where a node of the user's, such as Haiku's, drops what is masked.
-        way_out += (
-            " Behind optax.masked or optax.partition, mask_compatible_extra_args=True "
-            "masks it like the updates."
-        )
-    return f"The gradient's tree does not match the update's: {detail}. {way_out}"
+    return (
+        f"The gradient's tree does not match the update's: {detail}. Pass the "
+        "gradient of the same parameters."
+    )
 
 
 def _name(path: Any) -> str:

@@ -93,19 +93,6 @@ def test_nodes_that_check_their_children_behind_a_mask(form):
     )
 
 
-def test_a_haiku_mapping_behind_optaxs_mask():
-    """Of a masked mapping no place is left, so the caller's gradient must be masked."""
-    params = NODES["haiku"]
-    mask = jax.tree.map(lambda x: x.ndim == 2, params)
-    tx = optax.masked(cautious(), mask)
-    with pytest.raises(ValueError, match="mask_compatible_extra_args=True"):
-        tx.update(params, tx.init(params), grad=params)
-    tx = optax.masked(cautious(), mask, mask_compatible_extra_args=True)
-    out, _ = tx.update(params, tx.init(params), grad=params)
-    np.testing.assert_array_equal(out["a"], 0)
-    np.testing.assert_array_equal(out["b"], params["b"])
-
-
 @pytest.mark.parametrize("node", NODES)
 def test_decay_and_fractions_of_nodes_that_check_their_children(node):
     params = NODES[node]
