@@ -215,8 +215,9 @@ def primitives(jaxpr) -> set[str]:
     found = set()
     for eqn in jaxpr.eqns:
         found.add(eqn.primitive.name)
-        for sub in jax.core.jaxprs_in_params(eqn.params):
-            found |= primitives(sub)
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            if hasattr(value, "jaxpr"):
+                found |= primitives(value.jaxpr)
     return found
 
 
