@@ -226,6 +226,9 @@ def test_tools_that_walk_jaxprs_meet_no_cond_in_small_leaves(tx):
     state = tx.init(ARRAYS)
     closed = jax.make_jaxpr(tx.update)(ARRAYS, state, ARRAYS)
     assert "cond" not in primitives(closed.jaxpr)
+    large = jax.ShapeDtypeStruct((300, 300), jnp.float32)  # by platform
+    state = jax.eval_shape(tx.init, large)
+    assert "cond" in primitives(jax.make_jaxpr(tx.update)(large, state, large).jaxpr)
 
 
 def test_leaves_of_one_shape_are_traced_once(monkeypatch):
