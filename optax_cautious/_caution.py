@@ -1,6 +1,5 @@
 """The cautious rule on trees, and around an optimizer or in front of one."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ import optax
 from optax_cautious import _rule, _settings, _trees
 from optax_cautious._gradient import provide_gradient
 
-#: From an update, its gradient, and the leaves of further trees, to how they agree.
-Compare = Callable[..., _rule.Agreement]
+#: From updates and gradients to how each leaf agrees.
+Compare = Callable[[_trees.Pairs], list[_rule.Agreement]]
 
 
 class CautiousState(NamedTuple):
@@ -58,7 +57,6 @@ class Caution(NamedTuple):
         self,
         updates: optax.Updates,
         grad: optax.Updates,
-        *beside: optax.Updates,
         compare: Compare | None = None,
     ) -> tuple[optax.Updates, optax.OptState]:
         """Returns the cautious updates and the new state.
@@ -66,21 +64,12 @@ class Caution(NamedTuple):
         Args:
           updates: the updates.
           grad: their gradient.
-          *beside: trees like the updates, of what `compare` is to know besides.
-          compare: tells how an update and its gradient agree, by default as the two
-            say.
+          compare: tells how they agree, by default from the two alone.
         """
         pairs = _trees.pair(updates, grad, mask=self.mask, stacked=self.stacked)
-        compare = compare or functools.partial(
-            _rule.compare, direction=self.rule.direction
-        )
         agreements = []
         if self.monitor or self.rule.alignment == "element":
-            others = zip(*map(pairs.like, beside), strict=True)
-            agreements = [
-                compare(leaf.u, leaf.g, *(next(others) if beside else ()))
-                for leaf in pairs.leaves
-            ]
+            agreements = (compare or self._compare)(pairs)
         new = pairs.unflatten(_rule.apply(self.rule, pairs.leaves, agreements))
         if not self.monitor:
             return new, optax.EmptyState()
@@ -89,19 +78,16 @@ class Caution(NamedTuple):
     def around(
         self,
         optimizer: optax.GradientTransformation,
-        compare_with: Callable[
-            [optax.OptState], tuple[Compare | None, tuple[optax.Updates, ...]]
-        ] = lambda state: (None, ()),
+        compare_by: Callable[[optax.OptState], Compare] | None = None,
     ) -> optax.GradientTransformationExtraArgs:
         """Makes the updates of `optimizer` cautious, in its own state.
 
-        `compare_with` tells from the state before the step what is to compare, and
-        which trees it is to be shown besides.
+        `compare_by` makes the comparison from the state before the step.
         """
         inner = optax.with_extra_args_support(optimizer)
 
         def init_fn(params: optax.Params) -> optax.OptState:
-            return self.join(inner.init(params), self.init())
+            return self.attach(inner.init(params), self.init())
 
         def update_fn(
             updates: optax.Updates,
@@ -109,11 +95,11 @@ class Caution(NamedTuple):
             params: optax.Params | None = None,
             **extra_args: Any,
         ) -> tuple[optax.Updates, optax.OptState]:
-            old, grad = self.inner(state), updates
+            old, grad = self.detach(state), updates
             updates, new = inner.update(grad, old, params, **extra_args)
-            compare, beside = compare_with(old)
-            updates, own = self.update(updates, grad, *beside, compare=compare)
-            return updates, self.join(new, own)
+            compare = None if compare_by is None else compare_by(old)
+            updates, own = self.update(updates, grad, compare)
+            return updates, self.attach(new, own)
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -127,7 +113,7 @@ class Caution(NamedTuple):
         inner = optax.with_extra_args_support(link)
 
         def init_fn(params: optax.Params) -> optax.OptState:
-            return self.join(inner.init(params), self.init())
+            return self.attach(inner.init(params), self.init())
 
         def update_fn(
             updates: optax.Updates,
@@ -137,29 +123,33 @@ class Caution(NamedTuple):
             grad: optax.Updates,
             **extra_args: Any,
         ) -> tuple[optax.Updates, optax.OptState]:
-            old = self.inner(state)
+            old = self.detach(state)
             updates, own = self.update(updates, grad)
             updates, new = inner.update(updates, old, params, **extra_args)
-            return updates, self.join(new, own)
+            return updates, self.attach(new, own)
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    def join(self, inner: optax.OptState, own: optax.OptState) -> optax.OptState:
-        """Adds the state of caution to that of what it surrounds, if it has any."""
+    def attach(self, inner: optax.OptState, own: optax.OptState) -> optax.OptState:
+        """Puts the monitor's state, if there is one, beside that of an optimizer."""
         return (inner, own) if self.monitor else inner
 
-    def inner(self, state: optax.OptState) -> optax.OptState:
-        """Takes the state of caution off again."""
+    def detach(self, state: optax.OptState) -> optax.OptState:
+        """Returns the optimizer's state without the monitor's."""
         if not self.monitor:
             return state
         if [type(part) for part in state[1:]] != [CautiousState]:
             raise ValueError(
                 "monitor=True, but the state is one without a monitor: a "
-                f"{type(state).__name__} that does not end in a CautiousState. Make it "
-                "by the init of this optimizer; docs/usage.md shows how to take over "
-                "an older one."
+                f"{type(state).__name__} where a pair that ends in a CautiousState was "
+                "expected. Make the state with this optimizer's init; docs/usage.md "
+                "shows how to convert an older one."
             )
         return state[0]
+
+    def _compare(self, pairs: _trees.Pairs) -> list[_rule.Agreement]:
+        direction = self.rule.direction
+        return [_rule.compare(leaf.u, leaf.g, direction) for leaf in pairs.leaves]
 
     def _tree_fraction(
         self, leaves: list[_rule.Leaf], agreements: list[_rule.Agreement]

@@ -107,16 +107,16 @@ def cautious(
     its decay; the named optimizers, such as :func:`cautious_adamw`, mask the update
     alone.
 
-    A step may be all zeros, even twice in a row, while nothing has converged: the
-    momentum may oppose the gradient everywhere. A rule that stops at a small step
-    stops there; let it look at the gradient instead.
+    A step may be all zeros, even twice in a row, before anything has converged: the
+    momentum may oppose the gradient everywhere. A stopping rule that goes by the size
+    of the step would stop there; use the size of the gradient instead.
 
     Args:
       direction: ``"ascent"`` behind ``optax.scale_by_*``, whose update still points up
         the loss, and behind a learning rate below zero, which maximizes; ``"descent"``
-        behind a whole optimizer, whose update is to be added to the parameters. Where
-        it is the wrong way round, nothing moves at the first step, and its aligned
-        fraction is 0.
+        behind a whole optimizer, whose update is to be added to the parameters. With
+        the wrong direction nothing moves at the first step, and the aligned fraction
+        of that step is 0.
       alignment: what the signs are compared of. ``"element"``: each coordinate, as
         above. ``"leaf"``: each leaf by its inner product with the gradient, weight 1
         where :math:`s \langle u, g \rangle \ge 0` and ``opposed_weight`` elsewhere.

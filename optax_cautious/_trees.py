@@ -56,7 +56,6 @@ def pair(
     arrays, treedef = jax.tree.flatten(updates)
     kept, depths = _kept(mask, updates), _depths(stacked, updates)
     grads = _gradients(updates, grad)
-    paths = None
     leaves = []
     for i, (u, g) in enumerate(zip(arrays, grads, strict=True)):
         if not kept[i]:

@@ -58,9 +58,9 @@ def cautious_adafactor(
 
     Args:
       learning_rate: scalar or schedule; see :func:`optax.adafactor`, as for all the
-        arguments up to `weight_decay_mask`. It is below zero, to maximize, only as a
-        number that is known when the optimizer is made: it comes before the momentum,
-        and caution has to know which way the update points.
+        arguments up to `weight_decay_mask`. To maximize, give a negative number, not a
+        schedule or a traced value: the rate is applied before caution, which has to
+        know which way the update points.
       min_dim_size_to_factor: factor only where two dimensions are this large.
       decay_rate: exponent of the second moment's decay.
       decay_offset: the step at which fine-tuning starts.
@@ -114,13 +114,12 @@ def cautious_adafactor(
       Shazeer et al, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
       <https://arxiv.org/abs/1804.04235>`_, 2018
     """
-    # The learning rate comes before the momentum, and so before caution. One below zero
-    # turns the update round.
-    rate: Any = learning_rate
-    is_known = not (rate is None or callable(rate) or isinstance(rate, jax.core.Tracer))
-    is_negative = is_known and rate < 0
+    # The learning rate comes before the momentum, and so before caution. A negative one
+    # turns the update around.
     caution = Caution.of(
-        locals(), direction="descent" if is_negative else "ascent", mask=caution_mask
+        locals(),
+        direction="descent" if _is_negative(learning_rate) else "ascent",
+        mask=caution_mask,
     )
     direction: list[optax.GradientTransformation] = [
         optax.scale_by_factored_rms(
@@ -130,8 +129,7 @@ def cautious_adafactor(
     if clipping_threshold is not None:
         direction.append(optax.clip_by_block_rms(clipping_threshold))
     if learning_rate is not None:
-        rate = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
-        direction.append(rate)
+        direction.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
     if multiply_by_parameter_scale:
         direction.append(optax.scale_by_param_block_rms())
     if momentum is not None:
@@ -143,3 +141,11 @@ def cautious_adafactor(
         decay = decayed_weights(weight_decay_rate, weight_decay_mask, cautious_decay)
         step.insert(0, decay)
     return chain(caution, direction, step)
+
+
+def _is_negative(learning_rate: optax.ScalarOrSchedule | None) -> bool:
+    """Returns whether it is a number that is known by now, and below zero."""
+    rate: Any = learning_rate
+    if rate is None or callable(rate) or isinstance(rate, jax.core.Tracer):
+        return False
+    return bool(jnp.real(rate) < 0)

@@ -209,7 +209,7 @@ def cautious_muon(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
-        state = caution.inner(state)
+        state = caution.detach(state)
         labels = _labels(state)
 
         def partition(
@@ -218,8 +218,8 @@ def cautious_muon(
             # By a function: a tree of labels may be callable, as an Equinox module is.
             return optax.partition(transforms, lambda _: labels)
 
-        # Muon's state holds one chain for each label, in which the last two links are
-        # decay and learning rate. Caution, which is for the whole tree, comes before.
+        # Muon's state holds one chain for each label. The last two links of each are
+        # decay and learning rate. Caution, which sees the whole tree, comes before.
         first = _map_links(
             lambda links: (*links[:-2], optax.EmptyState(), optax.EmptyState()), state
         )
@@ -239,10 +239,10 @@ def cautious_muon(
             )
         updates, last = partition(step).update(updates, last, params)
         state = _map_links(lambda links, end: (*links[:-2], *end), first, last)
-        return updates, caution.join(state, own)
+        return updates, caution.attach(state, own)
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        return caution.join(muon.init(params), caution.init())
+        return caution.attach(muon.init(params), caution.init())
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -43,19 +43,16 @@ def scale_by_cautious_adam(
     # than in Optax, and the compiler could merge nothing.
     momentum, arrays = split(_Momentum(b1, nesterov))
 
-    def compare_with(
-        state: optax.OptState,
-    ) -> tuple[Compare, tuple[optax.Updates, ...]]:
-        def compare(u: jax.Array, g: jax.Array, m: jax.Array) -> _rule.Agreement:
-            del u
-            direction = caution.rule.direction
-            return _compare(
-                g, m, state.count, arrays, momentum=momentum, direction=direction
-            )
+    def compare_by(state: optax.ScaleByAdamState) -> Compare:
+        compare_leaf = functools.partial(
+            _compare, momentum=momentum, direction=caution.rule.direction
+        )
+        return lambda pairs: [
+            compare_leaf(leaf.g, m, state.count, arrays)
+            for leaf, m in zip(pairs.leaves, pairs.like(state.mu), strict=True)
+        ]
 
-        return compare, (state.mu,)
-
-    return caution.around(adam, compare_with)
+    return caution.around(adam, compare_by)
 
 
 @functools.partial(jax.jit, static_argnames=("momentum", "direction"))
