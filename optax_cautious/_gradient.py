@@ -13,8 +13,6 @@ def transformation(
     Raises:
       TypeError: if `tx` is not an optimizer; `what` is the call that was given it.
     """
-    if isinstance(tx, optax.MultiSteps):
-        raise TypeError(_MULTI_STEPS.format(what=what))
     if not hasattr(tx, "init") or not hasattr(tx, "update"):
         hint = ""
         if callable(tx):
@@ -24,6 +22,7 @@ def transformation(
             f"{what} takes an optimizer, as in {what}(optax.adamw(3e-4)), got "
             f"{tx!r}.{hint}"
         )
+    # Of the object itself, and of the transformation that it makes of itself.
     if isinstance(getattr(tx.update, "__self__", None), optax.MultiSteps):
         raise TypeError(_MULTI_STEPS.format(what=what))
     return optax.with_extra_args_support(tx)
