@@ -84,4 +84,4 @@ $(VENV)/bin/pip:
 	@$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest .venv-tpu build outputs
+	rm -rf .venv .venv-floor .venv-newest .venv-tpu .jax_cache build outputs

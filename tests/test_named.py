@@ -1,5 +1,6 @@
 """The named optimizers: drop-in for optax's, decay outside the mask."""
 
+import functools
 import inspect
 
 import chex
@@ -132,6 +133,11 @@ def test_decay_is_outside_the_mask(name):
         )
 
 
+@functools.cache
+def by_default(name: str):
+    return run(make(name, 1e-2), params_for({}))[0]
+
+
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize(
     "caution",
@@ -155,7 +161,7 @@ def test_the_caution_keywords_arrive(name, caution):
     renamed = {k.replace("mask", "caution_mask"): v for k, v in caution.items()}
     actual, _ = run(make(name, 1e-2, **renamed), params)
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
-    default, _ = run(make(name, 1e-2), params)
+    default = by_default(name)
     zeros = {"neutral": "follow"}  # gradients without a zero do not show this one
     assert caution == zeros or not jnp.allclose(default["w"], actual["w"], rtol=1e-5)
 
@@ -212,6 +218,22 @@ def test_a_negative_learning_rate_climbs(name, rate):
         assert all(
             jnp.vdot(u, g) > 0 for u, g in zip(*map(jax.tree.leaves, (updates, grads)))
         )
+
+
+@pytest.mark.parametrize("rate", [1e-2, np.float32(1e-2), jnp.float32(1e-2)], ids=type)
+@pytest.mark.parametrize("name", NAMED)
+def test_it_can_be_made_under_jit(name, rate):
+    params = params_for({})
+
+    def step(grads, rate):
+        tx = make(name, rate, monitor=True)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    expected = step(params, rate)
+    chex.assert_trees_all_close(
+        jax.jit(functools.partial(step, rate=rate))(params), expected, rtol=1e-5
+    )
+    chex.assert_trees_all_close(jax.jit(step)(params, rate), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])

@@ -148,4 +148,5 @@ def _is_negative(learning_rate: optax.ScalarOrSchedule | None) -> bool:
     rate: Any = learning_rate
     if rate is None or callable(rate) or isinstance(rate, jax.core.Tracer):
         return False
-    return bool(jnp.real(rate) < 0)
+    # Not jnp.real, whose result is traced where the optimizer is made under jit.
+    return complex(rate).real < 0
