@@ -20,10 +20,10 @@ TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
   lint clean
 
 demo: $(VENV)/.examples
-	$(TRAIN) -m examples.llama.compare
+	$(TRAIN) -m examples.llama compare
 
 sweep: $(VENV)/.examples
-	$(TRAIN) -m examples.llama.compare --learning-rates 1e-3 2e-3 4e-3 8e-3 \
+	$(TRAIN) -m examples.llama compare --sweep learning_rate=1e-3,2e-3,4e-3,8e-3 \
 	  --output-dir outputs/llama/sweep
 
 quadratic: $(VENV)/.examples

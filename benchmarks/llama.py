@@ -8,6 +8,7 @@ in both, a step of each in turns, on this machine's CPU. It needs the extras
 import os
 import platform
 import statistics
+from dataclasses import replace
 from importlib.metadata import version
 
 import jax
@@ -19,20 +20,20 @@ from tqdm import tqdm
 
 from benchmarks.steps import LEARNING_RATE, markdown_table
 from benchmarks.timing import Pair, take_turns
-from benchmarks.training_step import TrainStepper, with_optimizer
-from examples.llama.config import PRESETS, TrainConfig
+from benchmarks.training_step import OPTIMIZERS, TrainStepper
 from examples.llama.export import to_config
+from examples.llama.task import PRESETS, LlamaTask
 
 
 class TorchStepper:
     """A PyTorch model with its optimizer and one batch."""
 
-    def __init__(self, config: TrainConfig, tokens: np.ndarray) -> None:
+    def __init__(self, task: LlamaTask, tokens: np.ndarray) -> None:
         """Makes the model, with random weights."""
         torch.manual_seed(0)
         self.model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
-                **to_config(config, end=0), use_cache=False, attn_implementation="sdpa"
+                **to_config(task, end=0), use_cache=False, attn_implementation="sdpa"
             )
         )
         self.optimizer = torch.optim.AdamW(
@@ -61,21 +62,20 @@ def main(rounds: int = 100, threads: int | None = None) -> None:
         threads: of PyTorch; as many as there are cores unless given.
     """
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    config = with_optimizer(PRESETS["demo"], "adamw")
-    ours = TrainStepper(config)
-    theirs = TorchStepper(config, np.asarray(ours.batch))
+    demo = PRESETS["demo"]
+    ours = TrainStepper(replace(demo, optimizer=OPTIMIZERS[0]))
+    theirs = TorchStepper(demo.task, np.asarray(ours.batch))
     with tqdm(total=rounds, unit="round") as bar:
         pair = Pair(*take_turns([theirs, ours], rounds, bar))
-    tokens = config.data.batch_size * config.data.sequence_length
     names = f"transformers {transformers.__version__}", "examples/llama"
     rows = [
-        (name, f"{1e3 * median:.0f}", f"{tokens / median:,.0f}")
+        (name, f"{1e3 * median:.0f}", f"{demo.task.units / median:,.0f}")
         for name, median in zip(names, map(statistics.median, pair), strict=True)
     ]
     print(
-        f"The demo's model, {config.data.batch_size} x {config.data.sequence_length} "
-        f"tokens, float32, AdamW; {torch.get_num_threads()} threads; torch "
-        f"{torch.__version__}, jax {jax.__version__}, flax {version('flax')}, Python "
+        f"The demo's model, {demo.task.describe()}, float32, AdamW; "
+        f"{torch.get_num_threads()} threads; torch {torch.__version__}, jax "
+        f"{jax.__version__}, flax {version('flax')}, Python "
         f"{platform.python_version()}.\n"
     )
     print(markdown_table(rows, ("", "ms a step", "tokens per second")))

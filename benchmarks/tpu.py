@@ -29,7 +29,7 @@ from benchmarks.steps import (
     markdown_table,
     optimizer_step,
 )
-from examples.llama.compile_only import EACH_BYTE_ONCE
+from examples.training.xla import EACH_BYTE_ONCE
 
 DType = Literal["float32", "bfloat16"]
 

@@ -14,34 +14,28 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 import tyro
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from benchmarks.steps import markdown_table
 from benchmarks.timing import Pair, take_turns
-from examples.llama.compile_only import Account, account
-from examples.llama.config import (
-    PRESETS,
-    ModelName,
-    OptimizerConfig,
-    OptimizerName,
-    TrainConfig,
-    title,
-    with_model,
-)
-from examples.llama.model import count_parameters
-from examples.llama.optimizer import make_optimizer
-from examples.llama.programs import lower_train_step, make_state
-from examples.llama.sharding import BATCH, make_mesh
+from examples.llama.task import PRESETS, LlamaTask, with_model
+from examples.training.compile import Account, account
+from examples.training.config import TrainConfig
+from examples.training.engine import make_engine
+from examples.training.optimizers import OptimizerConfig
+from examples.training.task import count_parameters
 
-OPTIMIZERS: list[OptimizerName] = ["adamw", "cautious_adamw"]
+OPTIMIZERS = [
+    # At a learning rate that no cost depends on.
+    OptimizerConfig("adamw", caution=caution, learning_rate=1e-3)
+    for caution in (False, True)
+]
 
 
 class Slice(NamedTuple):
     """A model, and what it is trained on."""
 
-    model: ModelName
+    model: str
     topology: str
 
 
@@ -50,25 +44,18 @@ SEQUENCES = 128
 """In a batch."""
 
 
-def with_optimizer(config: TrainConfig, name: OptimizerName) -> TrainConfig:
-    """Sets the optimizer, at a learning rate that no cost depends on."""
-    return replace(config, optimizer=OptimizerConfig(name, learning_rate=1e-3))
-
-
 class TrainStepper:
     """A compiled training step with its state and one batch."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig[LlamaTask]) -> None:
         """Makes the arrays and compiles the step."""
-        mesh = make_mesh(config, jax.devices()[:1])
-        tx = make_optimizer(config.optimizer, config.steps)
-        shape = config.data.batch_size, config.data.sequence_length + 1
-        tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape)
-        self.batch = jax.device_put(
-            tokens.astype(np.uint16), NamedSharding(mesh, P(BATCH))
-        )
-        self.state = make_state(config, tx, mesh)
-        self.step = lower_train_step(config, tx, mesh, self.batch).compile()
+        engine = make_engine(config, jax.devices()[:1])
+        like = config.task.batch_like()
+        vocabulary = config.task.model.vocab_size
+        tokens = np.random.default_rng(0).integers(vocabulary, size=like.shape)
+        self.batch = engine.put_batch(tokens.astype(like.dtype))
+        self.state = engine.make_state()
+        self.step = engine.lower_train_step(self.batch).compile()
 
     def __call__(self) -> None:
         """Takes a step, and waits for it."""
@@ -78,13 +65,12 @@ class TrainStepper:
 def on_cpu(rounds: int) -> None:
     """Times the demo's step with and without caution, and prints a table."""
     demo = PRESETS["demo"]
-    steppers = [TrainStepper(with_optimizer(demo, name)) for name in OPTIMIZERS]
+    steppers = [TrainStepper(replace(demo, optimizer=tx)) for tx in OPTIMIZERS]
     with tqdm(total=rounds, unit="round") as bar:
         pair = Pair(*take_turns(steppers, rounds, bar))
-    tokens = demo.data.batch_size * demo.data.sequence_length
     rows = [
-        (title(name), f"{1e3 * statistics.median(seconds):.1f}", ratio)
-        for name, seconds, ratio in zip(
+        (tx.title, f"{1e3 * statistics.median(seconds):.1f}", ratio)
+        for tx, seconds, ratio in zip(
             OPTIMIZERS,
             pair,
             ("", "{:.3f} ({:.3f} to {:.3f})".format(pair.ratio, *pair.quartiles)),
@@ -92,8 +78,8 @@ def on_cpu(rounds: int) -> None:
         )
     ]
     print(
-        f"The demo, {count_parameters(demo.model):,} parameters, {tokens} tokens a "
-        f"step; jax {jax.__version__} on {jax.devices()[0].device_kind}.\n"
+        f"The demo, {count_parameters(demo.task):,} parameters, {demo.task.units} "
+        f"tokens a step; jax {jax.__version__} on {jax.devices()[0].device_kind}.\n"
     )
     print(markdown_table(rows, ("optimizer", "ms a step", "ratio (quartiles)")))
 
@@ -104,15 +90,16 @@ def on_tpu() -> None:
     with tqdm(total=len(SLICES) * len(OPTIMIZERS), unit="step") as bar:
         for model, topology in SLICES:
             config = with_model(PRESETS["paper"], model)
-            config = replace(
-                config,
-                model=replace(config.model, remat=True),
-                data=replace(config.data, batch_size=SEQUENCES),
+            task = LlamaTask(
+                replace(config.task.model, remat=True),
+                replace(config.task.data, batch_size=SEQUENCES),
             )
             found: list[Account] = []
-            for name in OPTIMIZERS:
-                bar.set_description(f"Compiling {model} for {topology} with {name}")
-                found.append(account(with_optimizer(config, name), topology))
+            for tx in OPTIMIZERS:
+                bar.set_description(f"Compiling {model} for {topology} with {tx.title}")
+                found.append(
+                    account(replace(config, task=task, optimizer=tx), topology)
+                )
                 bar.update()
             rows += _rows(model, topology, found)
     print(
@@ -135,14 +122,14 @@ def on_tpu() -> None:
 
 def _rows(model: str, topology: str, found: list[Account]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for name, a in zip(OPTIMIZERS, found, strict=True):
+    for tx, a in zip(OPTIMIZERS, found, strict=True):
         added = a.accessed - found[0].accessed
         others = sum(c.times for k, c in a.collectives.items() if k != "all-reduce")
         rows.append(
             (
                 model,
                 topology,
-                title(name),
+                tx.title,
                 f"{a.accessed / 1e9:.1f}",
                 f"{added / 1e9:.2f} GB, {added / found[0].accessed:.2%}"
                 if added

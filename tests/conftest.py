@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
-import hypothesis
+import hypothesis  # noqa: E402
 
 # Compilation makes the first example of each test slow, not wrong.
 hypothesis.settings.register_profile("jax", deadline=None, derandomize=True)

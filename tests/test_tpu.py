@@ -93,27 +93,28 @@ def test_without_the_barrier_half_an_array_more(monkeypatch):
     assert found.moved == pytest.approx(9.5, abs=0.01)
 
 
-@pytest.mark.parametrize(("name", "moved"), [("adamw", 8), ("cautious_adamw", 10)])
-def test_the_optimizer_of_a_whole_training_step(name, moved):
+@pytest.mark.parametrize(("caution", "moved"), [(False, 8), (True, 10)])
+def test_the_optimizer_of_a_whole_training_step(caution, moved):
     """One array more than alone: the gradients' norm, by which they are clipped."""
-    from benchmarks.training_step import with_optimizer
-    from examples.llama import compile_only, programs, sharding
-    from examples.llama.config import PRESETS, with_model
-    from examples.llama.optimizer import make_optimizer
+    from dataclasses import replace
 
-    config = with_optimizer(with_model(PRESETS["paper"], "1b"), name)
-    mesh = sharding.make_mesh(config, compile_only.topology_devices("v5e:4x4"))
-    tx = make_optimizer(config.optimizer, config.steps)
-    like = programs.state_like(config, tx, mesh)
+    from benchmarks.training_step import OPTIMIZERS
+    from examples.llama.task import PRESETS, with_model
+    from examples.training import engine, xla
+
+    config = with_model(PRESETS["c-optim"], "1b")
+    config = replace(config, optimizer=OPTIMIZERS[caution])
+    made = engine.make_engine(config, xla.topology_devices("v5e:4x4"))
+    like = made.state_like
 
     def step(state, grads):
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = made.tx.update(grads, state.opt_state, state.params)
         return type(state)(optax.apply_updates(state.params, updates), opt_state)
 
     layout = jax.tree.map(lambda leaf: leaf.sharding, like)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=layout)
     compiled = jitted.lower(like, like.params).compile(
-        compiler_options=compile_only.EACH_BYTE_ONCE
+        compiler_options=xla.EACH_BYTE_ONCE
     )
     arrays = sum(
         leaf.dtype.itemsize * np.prod(leaf.sharding.shard_shape(leaf.shape))
@@ -123,26 +124,30 @@ def test_the_optimizer_of_a_whole_training_step(name, moved):
 
 
 def test_a_whole_training_step():
-    from examples.llama import compile_only
-    from examples.llama.config import ModelConfig, TrainConfig
-    from examples.llama.model import count_parameters
+    from examples.llama.config import ModelConfig
+    from examples.llama.task import LlamaTask
+    from examples.training import compile as compiling
+    from examples.training.config import TrainConfig
+    from examples.training.optimizers import OptimizerConfig
+    from examples.training.task import count_parameters
 
     model = ModelConfig(hidden_size=256, num_layers=2, num_kv_heads=4, unroll=1)
-    config = TrainConfig(model=model)
-    found = compile_only.account(config, TOPOLOGY)
+    task = LlamaTask(model)
+    config = TrainConfig(task, OptimizerConfig(learning_rate=1e-3))
+    found = compiling.account(config, TOPOLOGY)
     # Four bytes of each on four chips, but for the norms, which are on all of them.
-    assert found.parameters == pytest.approx(count_parameters(model), rel=0.01)
+    assert found.parameters == pytest.approx(count_parameters(task), rel=0.01)
     assert found.moments == pytest.approx(2 * found.parameters, rel=0.01)
     assert found.peak > found.parameters + found.moments
     # The optimizer alone moves nine arrays, and its state is moved by nothing else.
     assert found.accessed > 9 * found.parameters
-    peaks = compile_only.evaluation_peaks(config, TOPOLOGY)
+    peaks = compiling.evaluation_peaks(config, TOPOLOGY)
     assert found.parameters + found.moments < peaks["validation loss"] < found.peak
     assert peaks["aligned fraction"] == pytest.approx(found.peak, rel=0.1)
 
 
 def test_collectives_are_counted_as_often_as_their_loop_runs():
-    from examples.llama.compile_only import collectives
+    from examples.training.xla import collectives
 
     mesh = make_mesh(TOPOLOGY)
 

@@ -1,7 +1,6 @@
 """Llama pretraining on a CPU, a GPU or a slice of TPUs, with and without caution.
 
-``train`` trains one model, ``compare`` several optimizers, ``compile_only`` says what
-a step takes on a slice that is not there, ``generate`` samples text, and ``export``
-writes a model for ``transformers``. Each is a program with its own ``--help``:
-``python -m examples.llama.train --help``. ``docs/llama.md`` has the whole story.
+``python -m examples.llama`` lists the commands. What is here is the Llama's own: the
+model, its data, its recipes, and what is done with it once it is trained.
+``docs/llama.md`` has the whole story.
 """

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from examples.llama.checks import make_directory, require
-from examples.llama.command_line import run_command
-from examples.llama.config import TrainConfig
-from examples.llama.generate import Run, Source, load_run
+from examples.llama.generate import Run, load_run
 from examples.llama.model import RMS_EPSILON
-from examples.llama.step import Params
+from examples.llama.task import LlamaTask
+from examples.training.checks import make_directory, require
+from examples.training.task import Params
+from examples.training.trained import Source
 
 SHARD_BYTES = 5_000_000_000
 """What one file holds at most, unless it is a single tensor."""
@@ -68,14 +68,14 @@ def _weight(params: Params, name: str) -> Any:
     return weight
 
 
-def to_config(config: TrainConfig, end: int) -> dict[str, Any]:
+def to_config(task: LlamaTask, end: int) -> dict[str, Any]:
     """Makes the content of transformers' config.json.
 
     Args:
-        config: the run.
+        task: the model and its data.
         end: the token that ends a document, and so comes before the next one, too.
     """
-    model = config.model
+    model = task.model
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -89,7 +89,7 @@ def to_config(config: TrainConfig, end: int) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": RMS_EPSILON,
         "rope_theta": model.rope_theta,
-        "max_position_embeddings": config.data.sequence_length,
+        "max_position_embeddings": task.data.sequence_length,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
@@ -99,13 +99,13 @@ def to_config(config: TrainConfig, end: int) -> dict[str, Any]:
     }
 
 
-def to_tokenizer_config(config: TrainConfig) -> dict[str, Any]:
+def to_tokenizer_config(task: LlamaTask) -> dict[str, Any]:
     """Makes the content of transformers' tokenizer_config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": config.data.end_of_document,
-        "eos_token": config.data.end_of_document,
-        "model_max_length": config.data.sequence_length,
+        "bos_token": task.data.end_of_document,
+        "eos_token": task.data.end_of_document,
+        "model_max_length": task.data.sequence_length,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
@@ -187,9 +187,9 @@ def _save_json(content: Any, path: Path) -> None:
 def save_run(run: Run, directory: Path) -> None:
     """Writes a model and its tokenizer to a directory."""
     save_tensors(to_tensors(run.params), directory)
-    _save_json(to_config(run.config, run.end), directory / "config.json")
+    _save_json(to_config(run.task, run.end), directory / "config.json")
     _save_json(to_tokenizer(run.tokenizer.to_str()), directory / "tokenizer.json")
-    _save_json(to_tokenizer_config(run.config), directory / "tokenizer_config.json")
+    _save_json(to_tokenizer_config(run.task), directory / "tokenizer_config.json")
 
 
 def export(source: Source, output_dir: Path) -> None:
@@ -207,7 +207,3 @@ def export(source: Source, output_dir: Path) -> None:
     make_directory("output_dir", output_dir)
     save_run(run, output_dir)
     print(f"Wrote the model of step {run.step} to {output_dir}.")
-
-
-if __name__ == "__main__":
-    run_command(export)

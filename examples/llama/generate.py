@@ -6,45 +6,30 @@ prompt as the run in DIR has learned to. ``--help`` lists all options.
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from tokenizers import Tokenizer
 
-from examples.llama import log
-from examples.llama.checkpoint import restore_params, saved_steps
-from examples.llama.checks import InputError, require, require_positive
-from examples.llama.command_line import run_command
-from examples.llama.config import ModelConfig, TrainConfig, from_json
-from examples.llama.model import Cache, make_cache
-from examples.llama.run_dir import CHECKPOINTS_NAME, CONFIG_NAME, TOKENIZER_NAME
-from examples.llama.step import Params, init_state, make_graphdef
-from examples.llama.tokenizer import encode, load_tokenizer
+from examples.llama.config import ModelConfig
+from examples.llama.data.load import TOKENIZER_NAME
+from examples.llama.data.tokenizer import encode, load_tokenizer
+from examples.llama.model import Cache, make_cache, make_graphdef
+from examples.llama.task import LlamaTask
+from examples.training.checks import InputError, require, require_positive
+from examples.training.task import Params
+from examples.training.trained import Source, load_trained
 
 _TOKENS = 200
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the parameters come from."""
-
-    run_dir: Path
-    """The directory of a run."""
-    step: int | None = None
-    """The checkpoint of this step. Not given: the newest."""
-    best: bool = False
-    """The checkpoint with the lowest validation loss."""
 
 
 class Run(NamedTuple):
     """A model that was trained, and what it was trained with."""
 
-    config: TrainConfig
+    task: LlamaTask
     tokenizer: Tokenizer
     end: int
     """The token that ends a document."""
@@ -89,67 +74,22 @@ class Sampling:
 
 
 def load_run(source: Source) -> Run:
-    """Loads the parameters of a run, without the optimizer's state.
+    """Loads the parameters and the tokenizer of a run.
 
     Raises:
         InputError: where there is no run, or not that checkpoint.
     """
-    path = source.run_dir / CONFIG_NAME
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise InputError(
-            f"run_dir: {source.run_dir} holds no run: cannot read {path} "
-            f"({error.strerror})"
-        ) from error
-    config = from_json(text, str(path))
-    step = choose_step(source)
+    config, step, params = load_trained(source, LlamaTask)
     tokenizer_file = source.run_dir / TOKENIZER_NAME
     require(tokenizer_file.is_file(), f"run_dir: there is no {tokenizer_file}")
     tokenizer = load_tokenizer(str(tokenizer_file))
-    end = tokenizer.token_to_id(config.data.end_of_document)
+    end = tokenizer.token_to_id(config.task.data.end_of_document)
     if end is None:
         raise InputError(
-            f"run_dir: {tokenizer_file} has no token {config.data.end_of_document!r}"
+            f"run_dir: {tokenizer_file} has no token "
+            f"{config.task.data.end_of_document!r}"
         )
-    like = jax.eval_shape(lambda: init_state(config.model, optax.identity(), 0).params)
-    params = restore_params(source.run_dir / CHECKPOINTS_NAME, step, like)
-    return Run(config, tokenizer, end, step, params)
-
-
-def choose_step(source: Source) -> int:
-    """Finds the step of the checkpoint that is asked for.
-
-    Raises:
-        InputError: where there is none.
-    """
-    require(source.step is None or not source.best, "step and best: give one of them")
-    directory = source.run_dir / CHECKPOINTS_NAME
-    steps = saved_steps(directory)
-    require(bool(steps), f"run_dir: there is no checkpoint in {directory}")
-    if source.step is not None:
-        require(
-            source.step in steps,
-            f"step: there is no checkpoint of step {source.step} in {directory}; "
-            f"choose one of {', '.join(map(str, steps))}",
-        )
-        return source.step
-    if not source.best:
-        return steps[-1]
-    losses = {
-        record["step"]: record["validation_loss"]
-        for record in log.read(source.run_dir)
-        if record["step"] in steps and record.get("validation_loss") is not None
-    }
-    require(
-        bool(losses),
-        f"best: the log in {source.run_dir} has no validation loss of the checkpoints; "
-        "choose a --step",
-    )
-    return min(losses, key=losses.__getitem__)
-
-
-# Sampling
+    return Run(config.task, tokenizer, end, step, params)
 
 
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
@@ -260,7 +200,7 @@ def generate_tokens(
 
 def encode_prompt(prompt: str, run: Run) -> np.ndarray:
     """Tokenizes a prompt; an empty one becomes the end of the document before."""
-    ended = encode([prompt], run.tokenizer, run.config.data.end_of_document)
+    ended = encode([prompt], run.tokenizer, run.task.data.end_of_document)
     return ended[:-1] if len(ended) > 1 else ended
 
 
@@ -287,7 +227,7 @@ def continue_prompt(
         InputError: for more tokens than the model's training sequences had.
     """
     encoded = encode_prompt(prompt, run)
-    length = run.config.data.sequence_length
+    length = run.task.data.sequence_length
     room = length - len(encoded)
     require(
         room > 0,
@@ -307,7 +247,7 @@ def continue_prompt(
         0 <= seed < 2**32, f"seed is {seed}: it has to be at least 0 and below 2**32"
     )
     drawn = generate_tokens(
-        run.config.model,
+        run.task.model,
         run.params,
         jnp.asarray(encoded, jnp.int32),
         jax.random.key(seed),
@@ -345,7 +285,3 @@ def generate(
         if samples > 1:
             print(f"--- {i} of {samples} ---")
         print(text)
-
-
-if __name__ == "__main__":
-    run_command(generate)

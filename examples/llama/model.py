@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.llama.config import ModelConfig
-from examples.llama.sharding import BATCH, constrain, gather
+from examples.training.sharding import BATCH, constrain, gather
 
 _INIT = nnx.initializers.normal(0.02)
 RMS_EPSILON = 1e-6
@@ -224,10 +224,28 @@ class Llama(nnx.Module):
         return constrain(logits, BATCH, None, "tensor"), cache
 
 
+def make_graphdef(config: ModelConfig) -> nnx.GraphDef[Llama]:
+    """Makes the model without its parameters."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
+
+
 def count_parameters(config: ModelConfig) -> int:
     """Counts the parameters of a model without making it."""
     shapes = nnx.eval_shape(lambda: nnx.state(Llama(config, nnx.Rngs(0)), nnx.Param))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Counts the operations that a token takes in training, as in PaLM.
+
+    Six for each parameter that multiplies, which the embedding's do not, and
+    ``12 L T D`` for attention, whose causal mask is not counted as a saving.
+
+    Reference: Chowdhery et al., arXiv:2204.02311, appendix B.
+    """
+    parameters = count_parameters(config) - config.vocab_size * config.hidden_size
+    attention = 12 * config.num_layers * config.hidden_size * sequence_length
+    return 6.0 * parameters + attention
 
 
 def _attention_implementation(query: jax.Array) -> Literal["cudnn"] | None:

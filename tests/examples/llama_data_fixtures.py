@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 
 from examples.llama.config import END_OF_DOCUMENT
-from examples.llama.text_files import split_documents
-from examples.llama.tokenizer import train_tokenizer
+from examples.llama.data.text_files import split_documents
+from examples.llama.data.tokenizer import train_tokenizer
 
 WORDS = ["the", "optimizer", "moves", "a", "weight", "along", "its", "gradient"]
 
@@ -71,7 +71,7 @@ def record_training(monkeypatch, module):
         sizes.append(vocab_size)
         return train_tokenizer(documents, vocab_size, end_of_document)
 
-    monkeypatch.setattr(f"examples.llama.{module}.train_tokenizer", train)
+    monkeypatch.setattr(f"examples.llama.data.{module}.train_tokenizer", train)
     return sizes
 
 

@@ -7,15 +7,19 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from examples.llama import log, loop
-from examples.llama import run_dir as run_directory
-from examples.llama.config import ModelConfig, to_json
+from examples.llama.__main__ import COMMANDS
+from examples.llama.config import ModelConfig
+from examples.llama.task import EXPERIMENT
+from examples.training import command_line, log, loop
+from examples.training.config import identity, to_json
+from examples.training.engine import Engine
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +51,7 @@ def hook(event, arguments):
         if left == 0:
             os.kill(os.getpid(), int(number))
 sys.addaudithook(hook)
-runpy.run_module("examples.llama.train", run_name="__main__", alter_sys=True)
+runpy.run_module("examples.llama", run_name="__main__", alter_sys=True)
 """
 
 
@@ -88,23 +92,52 @@ def _configure(options):
 def programs_compiled_once():
     """Has runs with the same settings share what is compiled, and the first state."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("state_like", "make_state", "compile_programs"):
-            patch.setattr(loop, name, _remembering(getattr(loop, name)))
+        for name in ("make_state", "compile"):
+            patch.setattr(Engine, name, _remembering(getattr(Engine, name)))
         yield
 
 
 def _remembering(function):
     found = {}
 
-    def remembering(config, tx, mesh, *arrays):
-        key = str(run_directory.identity(config)), tuple(mesh.shape.values())
+    def remembering(engine, *arrays):
+        key = str(identity(engine.config)), tuple(engine.mesh.shape.values())
         if key not in found:
-            found[key] = function(config, tx, mesh, *arrays)
+            found[key] = function(engine, *arrays)
         # A state is given away to the first step.
         is_array = lambda leaf: isinstance(leaf, jax.Array)  # noqa: E731
         return jax.tree.map(lambda x: x.copy() if is_array(x) else x, found[key])
 
     return remembering
+
+
+def changed(config, *, model=None, data=None, optimizer=None, **top):
+    """Changes settings of the model, the data, the optimizer, and of the run."""
+    task = replace(
+        config.task,
+        model=replace(config.task.model, **model or {}),
+        data=replace(config.task.data, **data or {}),
+    )
+    return replace(
+        config,
+        task=task,
+        optimizer=replace(config.optimizer, **optimizer or {}),
+        **top,
+    )
+
+
+def named(name):
+    """Takes a name such as "cautious_adamw" apart, into settings."""
+    base = name.removeprefix("cautious_")
+    return {"optimizer": base, "caution": base != name}
+
+
+def run_command(name, arguments):
+    """Runs a command of the program in this process."""
+    arguments = [str(argument) for argument in arguments]
+    return command_line.main(
+        "python -m examples.llama", EXPERIMENT, COMMANDS, [name, *arguments]
+    )
 
 
 def without_times(records):
@@ -161,11 +194,11 @@ class Command:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
-    def start(self, run_dir, *options, program=("-m", "examples.llama.train"), **env):
+    def start(self, run_dir, *options, program=("-m", "examples.llama"), **env):
         """Starts it; ``program`` runs it, and ``env`` is for its environment."""
+        options = [*self._options, "--run-dir", run_dir, *options]
         return Process(
-            [sys.executable, *program, *self._options, "--run-dir", run_dir, *options],
-            self._environment | env,
+            [sys.executable, *program, "train", *options], self._environment | env
         )
 
     def run(self, run_dir, *options, **arguments):

@@ -20,9 +20,16 @@ for _module in ("grain", "matplotlib", "tokenizers", "tqdm", "tyro"):
 # ruff: noqa: E402
 
 from examples.llama import model as model_module
-from examples.llama import step
-from examples.llama.config import MODELS, ModelConfig
-from examples.llama.model import Attention, Llama, count_parameters, rotary_embedding
+from examples.llama.config import MODELS, DataConfig, ModelConfig
+from examples.llama.model import (
+    Attention,
+    Llama,
+    count_parameters,
+    make_graphdef,
+    rotary_embedding,
+)
+from examples.llama.task import LlamaTask
+from examples.training import step
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -42,8 +49,8 @@ def little_optimization():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-loss_fn = jax.jit(step.loss_fn, static_argnums=0)
-grad_fn = jax.jit(jax.value_and_grad(step.loss_fn, argnums=1), static_argnums=0)
+loss_fn = jax.jit(LlamaTask.loss, static_argnums=0)
+grad_fn = jax.jit(jax.value_and_grad(LlamaTask.loss, argnums=1), static_argnums=0)
 
 
 @nnx.jit
@@ -60,8 +67,11 @@ def random_tokens(batch=3, length=17):
     return jax.random.randint(jax.random.key(1), (batch, length), 0, MODEL.vocab_size)
 
 
-def split(config=MODEL):
-    return step.make_graphdef(config), step.init_state(config, optax.identity(), 0)
+TASK = LlamaTask(MODEL, DataConfig())
+
+
+def initial_state():
+    return step.init_state(TASK, optax.identity(), 0)
 
 
 def block_of(model, layer):
@@ -221,19 +231,21 @@ def test_bfloat16_computes_only():
 
 
 def test_an_untrained_model_guesses():
-    graphdef, (params, _) = split()
-    loss = loss_fn(graphdef, params, random_tokens(8, 64))
+    params, _ = initial_state()
+    loss = loss_fn(TASK, params, random_tokens(8, 64))
     assert abs(loss - math.log(MODEL.vocab_size)) < 0.05
 
 
 def test_loss_in_numpy():
-    graphdef, (params, _) = split()
+    params, _ = initial_state()
     params = jax.tree.map(lambda leaf: leaf * 3, params)
     tokens = random_tokens()
-    logits = np.asarray(call(nnx.merge(graphdef, params), tokens[:, :-1]), np.float64)
+    logits = np.asarray(
+        call(nnx.merge(make_graphdef(MODEL), params), tokens[:, :-1]), np.float64
+    )
     shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     right = np.take_along_axis(shares, np.asarray(tokens)[:, 1:, None], -1)
-    loss = loss_fn(graphdef, params, tokens.astype(jnp.uint16))
+    loss = loss_fn(TASK, params, tokens.astype(jnp.uint16))
     np.testing.assert_allclose(loss, -np.log(right).mean(), rtol=1e-5)
 
 
@@ -249,9 +261,9 @@ def test_every_block_has_weights_of_its_own():
 @pytest.mark.parametrize("option", [{"remat": True}, {"unroll": 2}])
 def test_how_it_is_computed_changes_nothing(option):
     tokens = random_tokens()
-    graphdef, (params, _) = split()
-    other = step.make_graphdef(replace(MODEL, **option))
-    loss, grads = grad_fn(graphdef, params, tokens)
+    params, _ = initial_state()
+    other = replace(TASK, model=replace(MODEL, **option))
+    loss, grads = grad_fn(TASK, params, tokens)
     other_loss, other_grads = grad_fn(other, params, tokens)
     assert other_loss == pytest.approx(float(loss), rel=1e-6)
     for ours, theirs in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads)):
@@ -271,22 +283,22 @@ def test_the_models_of_the_paper(name, parameters):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_evaluation_is_the_mean_over_all_batches(parts):
-    graphdef, (params, _) = split()
+    params, _ = initial_state()
     batches = random_tokens(12).reshape(3, 4, 17)
-    expected = loss_fn(graphdef, params, batches.reshape(12, 17))
-    loss = jax.jit(step.make_evaluate(graphdef, parts))(params, batches)
+    expected = loss_fn(TASK, params, batches.reshape(12, 17))
+    loss = jax.jit(step.make_evaluate(TASK, parts))(params, batches)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_a_step_is_the_optimizers(parts):
-    graphdef, state = split()
+    state = initial_state()
     state = state._replace(opt_state=optax.sgd(0.5).init(state.params))
     tokens = random_tokens(4)
-    train_step = jax.jit(step.make_train_step(graphdef, optax.sgd(0.5), parts))
+    train_step = jax.jit(step.make_train_step(TASK, optax.sgd(0.5), parts))
     new, measured = train_step(state, tokens)
 
-    expected, grads = grad_fn(graphdef, state.params, tokens)
+    expected, grads = grad_fn(TASK, state.params, tokens)
     assert measured.loss == pytest.approx(float(expected), rel=1e-6)
     norm = math.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(grads)))
     assert measured.grad_norm == pytest.approx(norm, rel=1e-5)
@@ -302,14 +314,22 @@ def test_each_part_takes_sequences_from_all_over_the_batch():
 
 def test_aligned_fraction_counts_parameters():
     tokens = random_tokens()
-    graphdef, state = split()
-    leaves = jax.tree.leaves(grad_fn(graphdef, state.params, tokens)[1])
+    state = initial_state()
+    leaves = jax.tree.leaves(grad_fn(TASK, state.params, tokens)[1])
     nonzero = sum(int(jnp.count_nonzero(leaf)) for leaf in leaves)
 
     def fraction(rate):
-        measure = step.make_aligned_fraction(graphdef, optax.sgd(rate))
+        measure = step.make_aligned_fraction(TASK, optax.sgd(rate))
         opt_state = optax.sgd(rate).init(state.params)
-        return jax.jit(measure)(state._replace(opt_state=opt_state), tokens)
+        found = jax.jit(measure)(state._replace(opt_state=opt_state), tokens)
+        counts = {
+            name: fractions.mean() * leaf.size
+            for (name, fractions), leaf in zip(found.parts.items(), leaves, strict=True)
+        }
+        total = sum(counts.values()) / sum(leaf.size for leaf in leaves)
+        assert found.whole == pytest.approx(float(total), rel=1e-5)
+        assert found.parts["blocks.attention.key.kernel"].shape == (MODEL.num_layers,)
+        return found.whole
 
     # Tokens absent from the batch have no gradient in the embedding.
     assert nonzero < sum(leaf.size for leaf in leaves)

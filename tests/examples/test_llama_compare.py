@@ -3,6 +3,7 @@
 import csv
 import math
 import random
+import statistics
 from dataclasses import replace
 
 import jax
@@ -15,11 +16,15 @@ for _module in ("grain", "matplotlib", "tokenizers", "tqdm", "tyro"):
 
 from PIL import Image
 
-from examples.llama import compare, log, report
-from examples.llama.checks import InputError
-from examples.llama.command_line import run_training_command
-from examples.llama.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from examples.llama.report import Evaluation, History, Run
+from examples.llama.config import DataConfig, ModelConfig
+from examples.llama.task import LlamaTask, perplexity
+from examples.training import compare, log, report
+from examples.training.checks import InputError
+from examples.training.config import TrainConfig, settings
+from examples.training.report import Evaluation, History, Run, Side
+from tests.examples.llama_fixtures import changed, named, run_command
+
+METRICS = {"perplexity": perplexity}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,20 +44,22 @@ def config(tmp_path_factory):
         text = f"document {i}\n" + "".join(generator.choices(words, k=400))
         (directory / f"{i}.txt").write_text(text)
     return TrainConfig(
-        model=ModelConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=48,
-            num_layers=1,
-            num_heads=4,
-            num_kv_heads=2,
-        ),
-        data=DataConfig(
-            data=(str(directory),),
-            cache_dir=tmp_path_factory.mktemp("cache"),
-            sequence_length=32,
-            batch_size=8,
-            validation_batches=2,
+        LlamaTask(
+            ModelConfig(
+                vocab_size=300,
+                hidden_size=32,
+                intermediate_size=48,
+                num_layers=1,
+                num_heads=4,
+                num_kv_heads=2,
+            ),
+            DataConfig(
+                data=(str(directory),),
+                cache_dir=tmp_path_factory.mktemp("cache"),
+                sequence_length=32,
+                batch_size=8,
+                validation_batches=2,
+            ),
         ),
         steps=6,
         eval_every=2,
@@ -62,11 +69,14 @@ def config(tmp_path_factory):
     )
 
 
-def history(*losses, name="adamw", rate=1.0, seed=0, every=10, diverged_at=None):
+def history(
+    *losses, name="adamw", rate=1.0, seed=0, every=10, diverged_at=None, point=()
+):
     evaluations = tuple(
         Evaluation(every * i, loss, 0.5) for i, loss in enumerate(losses, start=1)
     )
-    run = Run(name, rate, seed)
+    side = Side(*named(name).values())
+    run = Run(side, (("learning_rate", f"{rate:g}"), *point), seed)
     return History(run, (1.0,), evaluations, (1.0, 2.0), diverged_at)
 
 
@@ -93,16 +103,16 @@ def test_ratio_of_steps(config):
     assert report.speed_up(base, faster) == 20 / 15
     text = report.text([base, faster], config)
     assert (
-        "At 1, the best for AdamW: cautious AdamW reached AdamW's final validation "
-        "loss of 3.0000 at step 15 of 20: a ratio of 1.33." in text
+        "At learning rate 1, the best for AdamW: cautious AdamW reached AdamW's final "
+        "validation loss of 3.0000 at step 15 of 20: a ratio of 1.33." in text
     )
-    table = report.table([base, faster])
+    table = report.table([base, faster], METRICS)
     assert (cells(table, 2)[-1], cells(table, 3)[-1]) == ("", "1.33")
 
     slower = history(4.0, 3.1, name="cautious_adamw")
     assert report.speed_up(base, slower) is None
     assert "did not reach AdamW's" in report.text([base, slower], config)
-    assert cells(report.table([base, slower]), 3)[-1] == "not reached"
+    assert cells(report.table([base, slower], METRICS), 3)[-1] == "not reached"
 
 
 def test_several_seeds(config):
@@ -112,7 +122,7 @@ def test_several_seeds(config):
         history(3.5, 2.5, name="cautious_adamw", seed=0),
         history(3.2, 2.7, name="cautious_adamw", seed=1),
     ]
-    table = report.table(runs)
+    table = report.table(runs, METRICS)
     assert cells(table, 2)[2] == "3.1000 (3.0000 to 3.2000)"
     # Each seed with its own: 20 / 15 and 20 / 10.
     assert cells(table, 3)[-1] == "1.67 (1.33 to 2.00)"
@@ -130,9 +140,11 @@ def test_each_at_its_best():
         for name in ("adamw", "cautious_adamw")
     ]
     same, own = report.verdicts(runs)
-    assert same.startswith("At 0.001, the best for AdamW: ")
+    assert same.startswith("At learning rate 0.001, the best for AdamW: ")
     assert "at step 18 of 20: a ratio of 1.09" in same
-    assert own.startswith("Each at its best, 0.001 and 0.002: ")
+    assert own.startswith(
+        "Each at its best, learning rate 0.001 and learning rate 0.002: "
+    )
     assert "validation loss of 4.0000 at step 17 of 20: a ratio of 1.17" in own
     assert len(report.verdicts(runs[:2])) == 1
 
@@ -145,9 +157,9 @@ def test_runs_that_diverged(config, tmp_path):
         history(3.5, 2.5, name="cautious_adamw"),
         history(3.5, 2.9, name="cautious_adamw", rate=4.0),
     ]
-    assert report.best(runs, "adamw") == (runs[0],)
-    table = report.table(runs)
-    assert cells(table, 4)[:3] == ["4", "AdamW", "diverged at step 13"]
+    assert report.best(runs, Side("adamw", False)) == (runs[0],)
+    table = report.table(runs, METRICS)
+    assert cells(table, 3)[:3] == ["4", "AdamW", "diverged at step 13"]
     assert cells(table, 5)[-1] == ""
     report.write(runs, config, tmp_path)
     (line,) = report.verdicts([lost, runs[2]])
@@ -159,7 +171,7 @@ def test_an_optimizer_alone_is_compared_with_none():
     runs = [history(4.0, 3.0, name="cautious_lion"), history(4.0, 3.0)]
     assert report.pairs(runs) == []
     assert report.verdicts(runs) == []
-    assert cells(report.table(runs), 2)[-1] == ""
+    assert cells(report.table(runs, METRICS), 2)[-1] == ""
 
 
 def test_the_picture_has_a_panel_more_for_several_learning_rates(tmp_path):
@@ -174,45 +186,152 @@ def test_the_picture_has_a_panel_more_for_several_learning_rates(tmp_path):
 # Comparison
 
 
+RATES = {"learning_rate": ["1e-3", "2e-3"]}
+
+
 def test_plan(config):
-    caution = replace(config, optimizer=OptimizerConfig(min_fraction=0.1))
-    runs = compare.plan(("lion", "cautious_lion"), (1e-3, 2e-3), (0, 1), caution)
+    caution = changed(config, optimizer={"min_fraction": 0.1})
+    runs = compare.plan(("lion",), RATES, (0, 1), caution)
     assert len(runs) == 8
     assert len({run.name for run in runs}) == 8
     for run, planned in runs.items():
         optimizer = planned.optimizer
-        assert (optimizer.optimizer, optimizer.peak, planned.seed) == run
-        cautious = run.optimizer == "cautious_lion"
-        assert optimizer.min_fraction == (0.1 if cautious else None)
-    (run,) = compare.plan(("lion",), (), (0,), config)
-    assert run == ("lion", 5e-4, 0)
-    given = replace(config, optimizer=OptimizerConfig(learning_rate=3e-4))
-    (run,) = compare.plan(("lion",), (), (0,), given)
-    assert run == ("lion", 3e-4, 0)
-    (run,) = compare.plan(("lion",), (1e-3,), (0,), given)
-    assert run == ("lion", 1e-3, 0)
+        assert (optimizer.optimizer, optimizer.caution) == run.side
+        assert dict(run.point) == {"learning_rate": f"{optimizer.learning_rate:g}"}
+        assert planned.seed == run.seed
+        assert optimizer.min_fraction == (0.1 if run.side.caution else 1e-3)
+
+
+def test_a_learning_rate_that_is_not_swept(config):
+    for given, sweep, rate in (
+        (config, {}, "0.0005"),
+        (changed(config, optimizer={"learning_rate": 3e-4}), {}, "0.0003"),
+        (
+            changed(config, optimizer={"learning_rate": 3e-4}),
+            {"learning_rate": ["1e-3"]},
+            "0.001",
+        ),
+    ):
+        for run in compare.plan(("lion",), sweep, (0,), given):
+            assert run.point == (("learning_rate", rate),)
+
+
+def test_any_setting_is_swept_and_caution_s_with_caution_only(config):
+    sweep = compare.parse_sweep(
+        ["b1=0.8,0.9", "--opposed-weight=0,0.5", "num_layers=1,2"]
+    )
+    runs = compare.plan(("adamw",), sweep, (0,), config)
+    plain = [run for run in runs if not run.side.caution]
+    assert (len(plain), len(runs)) == (4, 12)
+    assert len({run.name for run in runs}) == 12
+    for run, planned in runs.items():
+        for name, value in run.point:
+            found = settings(planned)[name]
+            found = planned.learning_rate if name == "learning_rate" else found
+            assert found == pytest.approx(float(value))
+    turns = {}
+    for run, planned in runs.items():
+        turns.setdefault((planned.optimizer.b1, planned.task.model), []).append(run)
+    assert {len(group) for group in turns.values()} == {3}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        (["b1"], "sweep: cannot read 'b1'; write a setting and its values"),
+        (["b1="], "sweep: cannot read 'b1='"),
+        (["b1=0.8,0.8"], "sweep: b1 has a value twice"),
+        (["b1=0.8", "b1=0.9"], "sweep: b1 is there twice"),
+        (["seed=0,1"], "sweep: seed is not swept; give --seeds"),
+        (["optimizer=lion"], "sweep: optimizer is not swept; give --optimizers"),
+        (["caution=true"], "sweep: caution is not swept; each optimizer is trained"),
+        (["b3=0.8"], "b3: there is no such setting"),
+        (["b1=high"], "b1: cannot be 'high'"),
+        (["b1=2"], r"b1 is 2\.0: it has to be"),
+        (["neutral=hold,move"], "neutral: cannot be 'move'"),
+    ],
+)
+def test_a_sweep_that_cannot_be(sweep, message, config):
+    with pytest.raises(InputError, match=message):
+        compare.plan(("adamw",), compare.parse_sweep(sweep), (0,), config)
+
+
+def test_the_interval_is_students_of_the_differences():
+    base, other = [3.0, 3.2, 3.1], [2.9, 3.0, 3.05]
+    mean, low, high = report.paired_difference(base, other)
+    differences = [o - b for o, b in zip(other, base)]
+    assert mean == pytest.approx(statistics.fmean(differences))
+    half = 4.302653 * statistics.stdev(differences) / math.sqrt(3)  # t(0.975, 2)
+    assert (low, high) == pytest.approx((mean - half, mean + half))
+
+
+def test_verdicts_of_several_seeds_have_an_interval():
+    base = [history(4.0, loss, seed=i) for i, loss in enumerate((3.0, 3.1, 3.2))]
+    clear = [
+        history(3.0, loss, seed=i, name="cautious_adamw")
+        for i, loss in enumerate((2.5, 2.62, 2.7))
+    ]
+    (line,) = report.verdicts(base + clear)
+    assert "differ by -0.4933 (95 % confidence interval" in line
+    assert "3 seeds)." in line
+    assert "No difference is seen" not in line
+    unclear = [
+        history(3.0, loss, seed=i, name="cautious_adamw")
+        for i, loss in enumerate((3.3, 2.9, 3.1))
+    ]
+    (line,) = report.verdicts(base + unclear)
+    assert line.endswith("No difference is seen.")
+
+
+def test_two_swept_settings_are_maps_on_one_scale(tmp_path):
+    runs = [
+        history(
+            9.0, loss + (name == "adamw"), name=name, rate=rate, point=(("b1", b1),)
+        )
+        for name in ("adamw", "cautious_adamw")
+        for rate, b1, loss in (
+            (1e-3, "0.9", 3.0),
+            (2e-3, "0.9", 3.1),
+            (1e-3, "0.98", 3.2),
+            (2e-3, "0.98", math.inf),
+        )
+    ]
+    report.plot(runs, tmp_path / "map.png")
+    assert Image.open(tmp_path / "map.png").width > 2500
+    table = report.table(runs, METRICS)
+    assert cells(table, 0)[:3] == ["learning rate", "b1", "optimizer"]
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_compare_from_end_to_end(together, config, tmp_path, capsys):
-    names = ("lion", "cautious_lion")
     directory = tmp_path / "new"
 
     def run():
         compare.compare(
-            names, (1e-3,), (0,), directory, together=together, config=config
+            ("lion",), ("learning_rate=1e-3",), (0,), directory, together, config=config
         )
 
     run()
+    names = "lion", "cautious-lion"
+    sides = Side("lion", False), Side("lion", True)
     histories = [
-        report.read_history(Run(n, 1e-3, 0), directory / f"{n}-lr0.001-seed0")
-        for n in names
+        report.read_history(
+            Run(side, (("learning_rate", "0.001"),), 0),
+            directory / f"{name}-learning_rate=0.001-seed0",
+        )
+        for name, side in zip(names, sides)
     ]
+    for ours in histories:
+        for values in ours.aligned_fractions.values():
+            assert values.shape[0] == 3
+            assert ((values >= 0) & (values <= 1)).all()
+    assert (directory / "aligned.png").is_file()
     with (directory / "report.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
     for ours, part in zip(histories, (rows[:6], rows[6:])):
-        assert {row["optimizer"] for row in part} == {ours.run.optimizer}
+        found = {(row["optimizer"], row["caution"] == "True") for row in part}
+        assert found == {ours.run.side}
         assert tuple(float(row["loss"]) for row in part) == ours.losses
         evaluated = [row for row in part if row["validation_loss"]]
         assert [row["step"] for row in evaluated] == ["2", "4", "6"]
@@ -239,13 +358,12 @@ def test_compare_from_end_to_end(together, config, tmp_path, capsys):
 
 
 def test_caution_changes_the_run_and_the_order_of_turns_does_not(config, tmp_path):
-    names = ("adamw", "cautious_adamw")
+    runs = compare.plan(("adamw",), {"learning_rate": ["1e-2"]}, (3,), config)
     for together in (True, False):
         directory = tmp_path / str(together)
-        compare.run_all(compare.plan(names, (1e-2,), (3,), config), directory, together)
-    runs = [f"{name}-lr0.01-seed3" for name in names]
+        compare.run_all(runs, ["learning_rate"], directory, together)
     losses = [
-        [record["loss"] for record in log.read(tmp_path / together / run)]
+        [record["loss"] for record in log.read(tmp_path / together / run.name)]
         for together in ("True", "False")
         for run in runs
     ]
@@ -255,31 +373,34 @@ def test_caution_changes_the_run_and_the_order_of_turns_does_not(config, tmp_pat
 
 
 def test_one_that_diverges_ends_and_the_other_goes_on(config, tmp_path, capsys):
-    rates = replace(config, optimizer=OptimizerConfig(max_grad_norm=None))
-    runs = compare.plan(("sgd", "cautious_adamw"), (1e30,), (0,), rates)
+    both = changed(config, optimizer={"max_grad_norm": None})
+    runs = compare.plan(("sgd",), {"learning_rate": ["1e30"]}, (0,), both)
     runs = {
-        run: replace(c, optimizer=replace(c.optimizer, learning_rate=1e-3))
-        if run.optimizer == "cautious_adamw"
+        run: changed(c, optimizer={"optimizer": "adamw", "learning_rate": 1e-3})
+        if run.side.caution
         else c
         for run, c in runs.items()
     }
-    assert compare.run_all(runs, tmp_path, together=True)
+    assert compare.run_all(runs, (), tmp_path, together=True)
     sgd, adamw = (report.read_history(run, tmp_path / run.name) for run in runs)
     assert sgd.diverged_at is not None
     assert len(sgd.losses) == sgd.diverged_at < config.steps
     assert adamw.diverged_at is None
     assert len(adamw.losses) == config.steps
-    assert "SGD diverged at a learning rate of 1e+30" in capsys.readouterr().out
+    assert "SGD diverged at learning rate 1e+30, seed 0" in capsys.readouterr().out
 
 
 def test_from_the_command_line(config, tmp_path, capsys):
-    command = f"""--optimizers lion --learning-rates 1e-3 --steps 2 --eval-every 2
-        --checkpoint-every 2 --data {config.data.data[0]} --mesh 1 1 1
-        --cache-dir {config.data.cache_dir} --output-dir {tmp_path / "new"}
+    data = config.task.data
+    command = f"""--optimizers lion --sweep learning_rate=1e-3 --steps 2 --eval-every 2
+        --checkpoint-every 2 --data {data.data[0]} --mesh 1 1 1
+        --cache-dir {data.cache_dir} --output-dir {tmp_path / "new"}
         --vocab-size 300 --hidden-size 32 --num-layers 1 --sequence-length 32
         --batch-size 8 --validation-batches 2"""
-    run_training_command(compare.compare, command.split())
-    assert "| 0.001           | Lion        |" in capsys.readouterr().out
+    run_command("compare", command.split())
+    text = capsys.readouterr().out
+    assert "| 0.001           | Lion          |" in text
+    assert "| 0.001           | cautious Lion |" in text
 
 
 # Errors
@@ -288,16 +409,15 @@ def test_from_the_command_line(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((("lion", "lion"), (), (0,)), "optimizers: one of them is there twice"),
-        ((("lion",), (1e-3, 1e-3), (0,)), "learning_rates: one of them"),
-        ((("lion",), (), (1, 1)), "seeds: one of them"),
-        (((), (), (0,)), "optimizers: give at least one"),
-        ((("lion",), (), ()), "seeds: give at least one"),
-        ((("lion",), (0.0,), (0,)), r"learning_rate is 0\.0"),
-        ((("lion",), (math.nan,), (0,)), "learning_rate is nan"),
-        ((("lyon",), (), (0,)), "optimizer is 'lyon': choose one of adamw"),
-        ((("sgd",), (), (0,)), "learning_rate: there is no default for sgd"),
-        ((("lion",), (), (-1,)), "seed is -1"),
+        ((("lion", "lion"), {}, (0,)), "optimizers: one of them is there twice"),
+        ((("lion",), {}, (1, 1)), "seeds: one of them"),
+        (((), {}, (0,)), "optimizers: give at least one"),
+        ((("lion",), {}, ()), "seeds: give at least one"),
+        ((("lion",), {"learning_rate": ["0"]}, (0,)), r"learning_rate is 0\.0"),
+        ((("lion",), {"learning_rate": ["nan"]}, (0,)), "learning_rate is nan"),
+        ((("lyon",), {}, (0,)), "optimizer is 'lyon': choose one of adamw"),
+        ((("sgd",), {}, (0,)), "learning_rate: there is no default for SGD"),
+        ((("lion",), {}, (-1,)), "seed is -1"),
     ],
 )
 def test_a_comparison_that_cannot_be(arguments, message, config):
@@ -315,8 +435,8 @@ def test_a_directory_that_cannot_be_made(config, tmp_path):
 
 
 def test_a_run_with_other_settings_is_in_the_way(config, tmp_path):
-    runs = compare.plan(("lion",), (1e-3,), (0,), config)
-    compare.run_all(runs, tmp_path, together=True)
-    other = compare.plan(("lion",), (1e-3,), (0,), replace(config, eval_every=1))
+    runs = compare.plan(("lion",), {}, (0,), config)
+    compare.run_all(runs, (), tmp_path, together=True)
+    other = compare.plan(("lion",), {}, (0,), replace(config, eval_every=1))
     with pytest.raises(InputError, match=r"other settings \(eval_every\)"):
-        compare.run_all(other, tmp_path, together=True)
+        compare.run_all(other, (), tmp_path, together=True)

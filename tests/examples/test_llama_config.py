@@ -1,97 +1,101 @@
 """The Llama example: its settings and its command line."""
 
-import itertools
 import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 pytest.importorskip("tyro", reason="needs the extra [examples]")
 
-from examples.llama import compare, train
-from examples.llama.checks import InputError
-from examples.llama.command_line import Start, run_training_command
-from examples.llama.config import (
-    MODELS,
-    PRESETS,
-    DataConfig,
-    ModelConfig,
-    ModelName,
-    OptimizerConfig,
-    OptimizerName,
-    TrainConfig,
-    base_name,
-    from_json,
-    title,
-    to_json,
-)
+from examples.llama.config import MODELS, DataConfig, ModelConfig
+from examples.llama.task import EXPERIMENT, PRESETS, LlamaTask
+from examples.training.checks import InputError
+from examples.training.command_line import main
+from examples.training.config import TrainConfig, from_json, to_json
+from examples.training.optimizers import OPTIMIZERS, OptimizerConfig, title
+from tests.examples.llama_fixtures import changed, named, run_command
+
+DEFAULT = TrainConfig(LlamaTask())
+TRAIN = partial(TrainConfig, LlamaTask())
 
 
-def echo(
-    number: int = 1,
-    start: Start = Start(),  # noqa: B008
-    config: TrainConfig = TrainConfig(),  # noqa: B008
-) -> tuple[int, TrainConfig]:
+def echo(number: int = 1, *, config: TrainConfig[LlamaTask]):
     """Return the settings.
 
     Args:
         number: an argument of the command's own.
-        start: where the settings start from.
         config: the settings.
     """
     return number, config
 
 
+def run(arguments):
+    return main("program", EXPERIMENT, {"echo": echo}, ["echo", *arguments])
+
+
 def parse(command):
-    return run_training_command(echo, command.split())[1]
+    return run(command.split())[1]
 
 
 def test_without_arguments():
-    assert run_training_command(echo, []) == (1, TrainConfig())
+    assert run([]) == (1, DEFAULT)
 
 
 def test_an_option_changes_one_setting():
-    assert run_training_command(echo, ["--number", "7", "--steps", "9"]) == (
+    assert run(["--number", "7", "--steps", "9"]) == (
         7,
-        replace(TrainConfig(), steps=9),
+        replace(DEFAULT, steps=9),
     )
 
 
-@pytest.mark.parametrize("name", get_args(ModelName))
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_sets_the_architecture_and_the_context(name):
     config = parse(f"--model {name}")
-    assert config.model == MODELS[name]
-    assert config.data.sequence_length == {"tiny": 128, "7b": 2048}.get(name, 1024)
-    assert config.optimizer == TrainConfig().optimizer
+    assert config.task.model == MODELS[name]
+    assert config.task.data.sequence_length == {"tiny": 128, "7b": 2048}.get(name, 1024)
+    assert config.optimizer == DEFAULT.optimizer
 
 
 def test_options_change_what_the_model_and_the_preset_say():
     config = parse("--num-kv-heads 4 --model=60m --preset paper --steps 3 --mesh 1 2 2")
-    assert config.model == replace(MODELS["60m"], num_kv_heads=4)
-    expected = replace(PRESETS["paper"], model=config.model, steps=3, mesh=(1, 2, 2))
-    assert config == expected
+    assert config.task.model == replace(MODELS["60m"], num_kv_heads=4)
+    task = replace(PRESETS["paper"].task, model=config.task.model)
+    assert config == replace(PRESETS["paper"], task=task, steps=3, mesh=(1, 2, 2))
 
 
-def test_the_recipe_of_the_paper():
-    config = parse("--preset paper --learning-rate 1e-3")
+def test_the_recipe_in_the_readme_of_the_papers_code():
+    config = parse("--preset c-optim --learning-rate 1e-3")
     optimizer = config.optimizer
     assert (config.steps, optimizer.warmup_fraction * config.steps) == (10_000, 1000)
-    assert (config.data.batch_size, config.data.sequence_length) == (512, 1024)
+    assert (config.task.data.batch_size, config.task.data.sequence_length) == (
+        512,
+        1024,
+    )
+    assert (optimizer.b1, optimizer.b2) == (0.9, 0.999)
     assert (optimizer.max_grad_norm, optimizer.weight_decay) == (1.0, 0.0)
-    assert (optimizer.final_fraction, config.model.dtype) == (0.1, "bfloat16")
-    assert config.data.data == ("hf:allenai/c4:en",)
-    assert config.data.tokenizer == "t5-base"
-    assert config.model == MODELS["60m"]
+    assert (optimizer.final_fraction, config.task.model.dtype) == (0.1, "bfloat16")
+    assert config.task.data.data == ("hf:allenai/c4:en",)
+    assert config.task.data.tokenizer == "t5-base"
+    assert config.task.model == MODELS["60m"]
+
+
+def test_the_recipe_of_the_papers_table():
+    config = parse("--preset paper --learning-rate 1e-3")
+    optimizer = config.optimizer
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay) == (0.9, 0.95, 0.1)
+    assert config.task.model == MODELS["100m"]
+    assert config.task.units == pytest.approx(2e6, rel=0.05)
+    assert config.task.units * config.steps == pytest.approx(50e9, rel=0.01)
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), parse("--mesh 2 2 2")])
 def test_a_saved_configuration_is_the_same(config, tmp_path):
     text = to_json(config)
-    assert from_json(text, "text") == config
+    assert from_json(text, "text", LlamaTask) == config
     (tmp_path / "config.json").write_text(text)
     file = tmp_path / "config.json"
     assert parse(f"--config-file {file}") == config
@@ -99,27 +103,33 @@ def test_a_saved_configuration_is_the_same(config, tmp_path):
 
 
 def test_a_setting_that_is_not_in_a_file_has_its_default():
-    text = '{"steps": 7, "data": {"batch_size": 4}}'
-    data = replace(TrainConfig().data, batch_size=4)
-    assert from_json(text, "text") == TrainConfig(steps=7, data=data)
+    text = '{"steps": 7, "task": {"data": {"batch_size": 4}}}'
+    expected = changed(DEFAULT, steps=7, data={"batch_size": 4})
+    assert from_json(text, "text", LlamaTask) == expected
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "not the configuration of a run: Invalid JSON"),
-        ('{"steps": "7"}', "not the configuration of a run: steps: Input should be"),
+        (
+            '{"task": {}, "steps": "7"}',
+            "a run: steps: Input should be",
+        ),
         ("[]", "not the configuration of a run"),
-        (to_json(TrainConfig()).replace("seed", "sed"), "run: sed: Unexpected"),
+        (to_json(DEFAULT).replace("seed", "sed"), "run: sed: Unexpected"),
         (
-            to_json(TrainConfig()).replace('"data": []', '"data": "corpus.txt"'),
-            r"run: data\.data: Input should be a valid array",
+            to_json(DEFAULT).replace('"data": []', '"data": "corpus.txt"'),
+            r"run: task\.data\.data: Input should be a valid array",
         ),
         (
-            to_json(TrainConfig()).replace('"remat": false', '"remat": "no"'),
-            r"run: model\.remat: Input should be a valid boolean",
+            to_json(DEFAULT).replace('"remat": false', '"remat": "no"'),
+            r"run: task\.model\.remat: Input should be a valid boolean",
         ),
-        ('{"steps": 0}', "not the configuration of a run: steps is 0: it has to be"),
+        (
+            '{"task": {}, "steps": 0}',
+            "a run: steps is 0: it has to be",
+        ),
     ],
 )
 def test_a_file_that_is_no_configuration(text, message, tmp_path, capsys):
@@ -131,26 +141,29 @@ def test_a_file_that_is_no_configuration(text, message, tmp_path, capsys):
         parse(f"--config-file {tmp_path / 'missing'}")
 
 
+def in_one_line(text):
+    return " ".join(re.sub("[│╭╰─╮╯]", " ", text).split())
+
+
 def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as raised:
         parse("--help")
     assert raised.value.code == 0
     text = capsys.readouterr().out
-    for settings in (ModelConfig, DataConfig, OptimizerConfig, TrainConfig, Start):
-        for name in settings.__dataclass_fields__:
-            if name not in ("model", "optimizer") or settings is OptimizerConfig:
-                assert re.search(f"--{name.replace('_', '-')}[ ,]", text), name
-    # An option without an explanation has its default alone below it.
-    lines = [line.strip("│ ") for line in text.splitlines()]
-    for option, explanation in itertools.pairwise(lines):
-        if option.startswith("--"):
-            assert not explanation.startswith("(default"), option
+    for settings in (ModelConfig, DataConfig, OptimizerConfig, TrainConfig):
+        for name in settings.__dataclass_fields__.keys() - {"task", "from_run"}:
+            assert re.search(f"--{name.replace('_', '-')}[ ,]", text), name
+    for name in ("preset", "model", "config-file", "from"):
+        assert re.search(f"--{name}[ ,]", text), name
+    # Without an explanation, the default comes after the placeholders of the values.
+    unexplained = re.findall(r"--\S+(?: [A-Z{\[]\S*)* \(default", in_one_line(text))
+    assert not unexplained
 
 
 def test_help_has_the_defaults_of_the_model(capsys):
     with pytest.raises(SystemExit):
         parse("--model 350m --help")
-    assert "(default: 2736)" in capsys.readouterr().out
+    assert "(default: 2736)" in in_one_line(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +181,19 @@ def test_a_command_that_cannot_run_says_why(command, message, capsys):
     with pytest.raises(SystemExit) as raised:
         parse(command)
     assert raised.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+
+
+def test_the_commands_are_listed(capsys):
+    for arguments, code in (([], 2), (["--help"], 0), (["trian"], 2)):
+        with pytest.raises(SystemExit) as raised:
+            main("program", EXPERIMENT, {"echo": echo}, arguments)
+        assert raised.value.code == code
+        said = capsys.readouterr()
+        text = said.err if code else said.out
+        assert "usage: program COMMAND" in text
+        assert "echo  Return the settings." in text
 
 
 @pytest.mark.parametrize(
@@ -192,8 +217,7 @@ def test_a_command_that_cannot_run_says_why(command, message, capsys):
         (DataConfig, {"validation_fraction": math.nan}, "validation_fraction is nan"),
         (DataConfig, {"data": ("good", "b\udcffd")}, r"data: 'b\\udcffd' is not UTF-8"),
         (DataConfig, {"cache_dir": Path("b\udcffd")}, r"cache_dir: .* is not UTF-8"),
-        (OptimizerConfig, {"optimizer": "adam"}, "'adam': choose one of adamw, caut"),
-        (OptimizerConfig, {"optimizer": "sgd"}, "learning_rate: .* default for sgd"),
+        (OptimizerConfig, {"optimizer": "adam"}, "'adam': choose one of adamw, lion"),
         (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate is 0"),
         (OptimizerConfig, {"learning_rate": math.nan}, "learning_rate is nan"),
         (OptimizerConfig, {"learning_rate": math.inf}, "learning_rate is inf"),
@@ -205,17 +229,25 @@ def test_a_command_that_cannot_run_says_why(command, message, capsys):
         (OptimizerConfig, {"final_fraction": 1.1}, "final_fraction is 1.1"),
         (
             OptimizerConfig,
-            {"optimizer": "lion", "opposed_weight": 0.5, "exempt_embedding": True},
-            "opposed_weight, exempt_embedding: lion has no caution; .* cautious_lion",
+            {"caution": False, "opposed_weight": 0.5, "exempt": ("logits",)},
+            "opposed_weight, exempt: without caution .* give --caution, too",
         ),
-        (TrainConfig, {"steps": 0}, "steps is 0"),
-        (TrainConfig, {"eval_every": 0}, "eval_every is 0"),
-        (TrainConfig, {"log_every": 0}, "log_every is 0"),
-        (TrainConfig, {"keep": 0}, "keep is 0"),
-        (TrainConfig, {"checkpoint_every": 30}, "not a multiple of eval_every"),
-        (TrainConfig, {"accumulate": 3}, r"accumulate \(3\) does not divide batch_si"),
-        (TrainConfig, {"mesh": (1, 0, 1)}, "mesh is 0"),
-        (TrainConfig, {"seed": -1}, "seed is -1"),
+        (TRAIN, {"steps": 0}, "steps is 0"),
+        (TRAIN, {"eval_every": 0}, "eval_every is 0"),
+        (TRAIN, {"log_every": 0}, "log_every is 0"),
+        (TRAIN, {"keep": 0}, "keep is 0"),
+        (
+            TrainConfig,
+            {"task": LlamaTask(), **{"checkpoint_every": 30}},
+            "not a multiple of eval_every",
+        ),
+        (
+            TrainConfig,
+            {"task": LlamaTask(), **{"accumulate": 3}},
+            r"accumulate \(3\) does not divide batch_si",
+        ),
+        (TRAIN, {"mesh": (1, 0, 1)}, "mesh is 0"),
+        (TRAIN, {"seed": -1}, "seed is -1"),
     ],
 )
 def test_a_setting_out_of_range(kind, arguments, message):
@@ -225,45 +257,43 @@ def test_a_setting_out_of_range(kind, arguments, message):
 
 def test_learning_rates_by_default():
     rates = {
-        name: OptimizerConfig(optimizer=name).peak
+        name: changed(DEFAULT, optimizer=named(name)).learning_rate
         for name in ("adamw", "cautious_adamw", "lion", "cautious_lion")
     }
     assert list(rates.values()) == [2e-3, 2e-3, 5e-4, 5e-4]
+    sgd = changed(DEFAULT, optimizer={"optimizer": "sgd"})
+    with pytest.raises(InputError, match=r"learning_rate: .* no default for SGD and"):
+        _ = sgd.learning_rate
 
 
-def test_a_configuration_for_another_optimizer():
+def test_an_optimizer_without_caution():
     cautious = OptimizerConfig(
-        opposed_weight=0.5, exempt_embedding=True, weight_decay=0.1, b1=0.8
+        "lion", opposed_weight=0.5, exempt=("embedding",), weight_decay=0.1, b1=0.8
     )
-    lion = cautious.named("lion", None)
-    assert lion == OptimizerConfig(optimizer="lion", weight_decay=0.1, b1=0.8)
-    other = cautious.named("cautious_lion", 1e-3)
-    assert other == replace(cautious, optimizer="cautious_lion", learning_rate=1e-3)
+    alone = OptimizerConfig("lion", caution=False, weight_decay=0.1, b1=0.8)
+    assert cautious.without_caution() == alone
 
 
-def test_every_optimizer_has_a_cautious_version_and_a_title():
-    names = get_args(OptimizerName)
-    assert {base_name(name) for name in names} == {
-        name for name in names if not name.startswith("cautious_")
-    }
-    assert len(names) == 2 * len({base_name(name) for name in names})
-    assert title("cautious_adamw") == "cautious AdamW"
-    assert title("lion") == "Lion"
+def test_titles():
+    assert title("adamw", True) == "cautious AdamW"
+    assert title("lion", False) == "Lion"
+    assert len({row.title for row in OPTIMIZERS.values()}) == len(OPTIMIZERS)
 
 
 def test_the_saved_configuration_is_json_with_every_setting():
-    values = json.loads(to_json(TrainConfig()))
+    values = json.loads(to_json(DEFAULT))
     assert set(values) == set(TrainConfig.__dataclass_fields__)
-    assert set(values["data"]) == set(DataConfig.__dataclass_fields__)
+    assert set(values["task"]["data"]) == set(DataConfig.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("command", [train.train, compare.compare])
+@pytest.mark.parametrize("command", ["train", "compare"])
 def test_the_default_learning_rate_is_not_for_larger_models(
     command, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     arguments = ["--model", "60m", f"--data={tmp_path}/none"]
-    with pytest.raises(SystemExit, match=r"^error: learning_rate: .* here it is 512"):
-        run_training_command(command, arguments)
+    with pytest.raises(SystemExit, match=r"^error: learning_rate: .* and this model"):
+        run_command(command, arguments)
     with pytest.raises(SystemExit, match=r"^error: data: there is no"):
-        run_training_command(command, ["--learning-rate=1e-3", *arguments])
+        run_command(command, ["--learning-rate=1e-3", *arguments])
+    assert not list(tmp_path.rglob("config.json"))

@@ -1,5 +1,6 @@
 """The data of the Llama example, of text files and of streamed datasets."""
 
+import errno
 import shutil
 from dataclasses import replace
 
@@ -11,11 +12,14 @@ for _module in ("grain", "tokenizers", "tqdm"):
 
 # ruff: noqa: E402
 
-from examples.llama.checks import InputError
+from tokenizers import Tokenizer, models
+
 from examples.llama.config import END_OF_DOCUMENT, DataConfig
-from examples.llama.data import load_data
-from examples.llama.text_files import load_corpus, split_documents
-from examples.llama.tokenizer import encode, load_tokenizer
+from examples.llama.data.cache import cached
+from examples.llama.data.load import load_data
+from examples.llama.data.text_files import load_corpus, split_documents
+from examples.llama.data.tokenizer import encode, load_tokenizer
+from examples.training.checks import InputError
 from tests.examples.llama_data_fixtures import (
     VALIDATION,
     make_documents,
@@ -68,7 +72,7 @@ def test_the_corpus_is_summarized_once(config, capsys):
     tokens = f"{len(corpus.train):,} and {len(corpus.validation):,} tokens."
     expected = f"Corpus: 27 training and 3 validation documents, {tokens}\n"
     assert capsys.readouterr().out == expected
-    assert loaded.tokenizer.get_vocab_size() == 300
+    assert loaded.files == {"tokenizer.json": corpus.tokenizer.to_str(pretty=True)}
 
 
 # Fingerprint
@@ -157,14 +161,54 @@ def test_a_cache_directory_that_cannot_be_written(config, tmp_path, monkeypatch)
     def refuse(dir):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("examples.llama.disk_cache.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("examples.llama.data.cache.tempfile.mkdtemp", refuse)
     with pytest.raises(InputError, match=r"cache_dir: cannot write to .*Permission"):
         load_data(replace(config, cache_dir=tmp_path), 300, 0)
 
 
-def test_a_batch_that_does_not_divide_among_processes(config):
-    with pytest.raises(InputError, match=r"batch_size \(8\) does not divide among 3"):
-        load_data(config, 300, 0, 1, 3)
+@pytest.mark.parametrize("room", [1000, 20_000])  # The tokenizer, or the tokens.
+def test_a_cache_directory_without_room(room, config, tmp_path):
+    resource = pytest.importorskip("resource", reason="limits the size of a file")
+    config = replace(config, cache_dir=tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    message = r"cache_dir: cannot write to .* \(.*\); make room .* another --cache-dir$"
+    try:
+        with pytest.raises(InputError, match=message):
+            load_data(config, 300, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "llama").iterdir()) == []
+    assert load_data(config, 300, 0).validation.shape == (2, 8, 33)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
+        # What NumPy raises.
+        (OSError("52224 requested and 16384 written"), "52224 requested and 16384 wr"),
+    ],
+)
+def test_why_a_cache_directory_cannot_be_filled(error, reason, tmp_path):
+    def fill(directory):
+        (directory / "part").write_text("some of it")
+        raise error
+
+    with pytest.raises(InputError, match=rf"cache_dir: .*llama \({reason}.*\); make"):
+        cached(tmp_path, ["key"], fill)
+    assert list((tmp_path / "llama").iterdir()) == []
+
+
+def test_a_directory_that_another_process_filled_meanwhile(tmp_path):
+    def fill(directory):
+        (directory / "part").write_text("first")
+        cached(tmp_path, ["key"], lambda d: (d / "part").write_text("second"))
+
+    directory = cached(tmp_path, ["key"], fill)
+    assert (directory / "part").read_text() == "second"
+    assert list((tmp_path / "llama").iterdir()) == [directory]
 
 
 @pytest.mark.parametrize("name", ["config", "stream_config"])
@@ -213,6 +257,34 @@ def test_a_tokenizer_that_is_nowhere(config, monkeypatch):
     message = r"tokenizer: there is no file nobody/nothing, and none .* hub \(.*\)$"
     with pytest.raises(InputError, match=message):
         load_data(replace(config, tokenizer="nobody/nothing"), 300, 0)
+
+
+@pytest.mark.parametrize("name", ["config", "stream_config"])
+def test_a_tokenizer_is_tried_on_the_text(name, request, tmp_path, capsys):
+    config = request.getfixturevalue(name)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    model = models.BPE({letter: i for i, letter in enumerate(letters)}, [])
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    tokenizer.save(str(tmp_path / "small.json"))
+    config = replace(config, tokenizer=str(tmp_path / "small.json"), cache_dir=tmp_path)
+    for _ in range(2):  # The second time, tokens are in the cache.
+        load_data(config, 300, 0)
+        printed = capsys.readouterr().out
+        assert printed.count("Warning: the tokenizer ") == 1
+        assert "small.json has no token for " in printed
+
+    few = Tokenizer(models.BPE({"e": 0}, []))
+    few.add_special_tokens([END_OF_DOCUMENT])
+    few.save(str(tmp_path / "few.json"))
+    with pytest.raises(InputError, match=r"tokenizer: .*few.json has no token for"):
+        load_data(replace(config, tokenizer=str(tmp_path / "few.json")), 300, 0)
+
+    unigram = Tokenizer(models.Unigram([("e", -1.0)]))
+    unigram.add_special_tokens([END_OF_DOCUMENT])
+    unigram.save(str(tmp_path / "unigram.json"))
+    with pytest.raises(InputError, match="tokenizer: it cannot tokenize the text"):
+        load_data(replace(config, tokenizer=str(tmp_path / "unigram.json")), 300, 0)
 
 
 def test_a_dataset_beside_files(config, stream_config):

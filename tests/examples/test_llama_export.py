@@ -36,13 +36,17 @@ from tokenizers import (
 from tokenizers import decoders as tokenizer_decoders
 
 from examples.llama import export, generate
-from examples.llama.checkpoint import Checkpoints
-from examples.llama.checks import InputError
-from examples.llama.command_line import run_command
-from examples.llama.config import DataConfig, ModelConfig, TrainConfig, to_json
-from examples.llama.generate import Run, Sampling, Source
-from examples.llama.step import TrainState, init_state, make_graphdef
-from examples.llama.tokenizer import encode, train_tokenizer
+from examples.llama.config import DataConfig, ModelConfig
+from examples.llama.data.tokenizer import encode, train_tokenizer
+from examples.llama.generate import Run, Sampling
+from examples.llama.model import make_graphdef
+from examples.llama.task import LlamaTask
+from examples.training.checkpoint import Checkpoints
+from examples.training.checks import InputError
+from examples.training.config import TrainConfig, to_json
+from examples.training.step import TrainState
+from examples.training.trained import Source
+from tests.examples.llama_fixtures import run_command
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -53,7 +57,7 @@ MODEL = ModelConfig(
     num_kv_heads=2,
     rope_theta=500.0,
 )
-CONFIG = TrainConfig(model=MODEL, data=DataConfig(sequence_length=48, batch_size=8))
+TASK = LlamaTask(MODEL, DataConfig(sequence_length=48, batch_size=8))
 SHAPES = {
     "model.embed_tokens.weight": (300, 32),
     "model.layers.{}.input_layernorm.weight": (32,),
@@ -100,7 +104,7 @@ def random_params(model, seed=0):
         noise = generator.normal(size=leaf.shape).astype(np.float32)
         return centers.get(name, 0.0) + deviations.get(name, 0.2) * noise
 
-    like = jax.eval_shape(lambda: init_state(model, optax.identity(), 0).params)
+    like = jax.eval_shape(lambda: LlamaTask(model).init(0))
     return jax.tree_util.tree_map_with_path(values, like)
 
 
@@ -113,13 +117,13 @@ def make_documents():
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(
-        make_documents(), MODEL.vocab_size, CONFIG.data.end_of_document
+        make_documents(), MODEL.vocab_size, TASK.data.end_of_document
     )
 
 
-def make_run(tokenizer, config=CONFIG):
-    end = tokenizer.token_to_id(config.data.end_of_document)
-    return Run(config, tokenizer, end, 7, random_params(config.model))
+def make_run(tokenizer, task=TASK):
+    end = tokenizer.token_to_id(task.data.end_of_document)
+    return Run(task, tokenizer, end, 7, random_params(task.model))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +219,7 @@ def test_division(sizes, expected):
 def test_the_command(run, tokenizer, tmp_path, capsys):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / "config.json").write_text(to_json(CONFIG))
+    (run_dir / "config.json").write_text(to_json(TrainConfig(TASK)))
     tokenizer.save(str(run_dir / "tokenizer.json"))
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=2)
     for step, seed in ((3, 1), (7, 0)):
@@ -227,16 +231,16 @@ def test_the_command(run, tokenizer, tmp_path, capsys):
 
     out = tmp_path / "new" / "out"
     command = ["--run-dir", str(run_dir), "--output-dir", str(out)]
-    run_command(export.export, command)
+    run_command("export", command)
     assert "step 7" in capsys.readouterr().out
     tensors = load_file(out / "model.safetensors")
     for name, tensor in export.to_tensors(run.params).items():
         np.testing.assert_array_equal(tensors[name], tensor)
     with pytest.raises(SystemExit, match=r"^error: output_dir: .*out is not empty"):
-        run_command(export.export, command)
+        run_command("export", command)
 
     command[-1] = str(tmp_path / "earlier")
-    run_command(export.export, [*command, "--step", "3"])
+    run_command("export", [*command, "--step", "3"])
     earlier = load_file(tmp_path / "earlier" / "model.safetensors")
     assert (earlier["model.norm.weight"] != tensors["model.norm.weight"]).any()
 
@@ -278,7 +282,7 @@ def test_logits_of_transformers(
     transformers, tokenizer, num_kv_heads, attention, tmp_path
 ):
     model = replace(MODEL, num_kv_heads=num_kv_heads)
-    run = make_run(tokenizer, replace(CONFIG, model=model))
+    run = make_run(tokenizer, replace(TASK, model=model))
     export.save_run(run, tmp_path)
     theirs = load_model(transformers, tmp_path, attention)
     ours = jax.jit(nnx.merge(make_graphdef(model), run.params).__call__)
@@ -363,15 +367,15 @@ def unigram():
 def test_tokens_of_transformers(transformers, tokenizer, kind, tmp_path):
     if kind == "unigram":
         tokenizer = unigram()
-        config = replace(CONFIG, data=replace(CONFIG.data, end_of_document="</s>"))
+        task = replace(TASK, data=replace(TASK.data, end_of_document="</s>"))
     else:
-        config = CONFIG
-    run = make_run(tokenizer, config)
+        task = TASK
+    run = make_run(tokenizer, task)
     export.save_run(run, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == theirs.bos_token_id == run.end
     for text in TEXTS:
-        tokens = encode([text], tokenizer, config.data.end_of_document)[:-1].tolist()
+        tokens = encode([text], tokenizer, task.data.end_of_document)[:-1].tolist()
         assert theirs(text).input_ids == tokens
         decoded = theirs.decode(tokens, skip_special_tokens=True)
         assert decoded == tokenizer.decode(tokens)

@@ -22,16 +22,19 @@ import grain
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from examples.llama import generate
-from examples.llama.checkpoint import Checkpoints, restore_params, saved_steps
-from examples.llama.checks import InputError
-from examples.llama.command_line import run_command
-from examples.llama.config import DataConfig, ModelConfig, TrainConfig
-from examples.llama.config import to_json as config_to_json
-from examples.llama.generate import Run, Sampling, Source
-from examples.llama.model import make_cache
-from examples.llama.sharding import make_mesh, shardings
-from examples.llama.step import TrainState, init_state, make_graphdef
-from examples.llama.tokenizer import load_tokenizer, train_tokenizer
+from examples.llama.config import DataConfig, ModelConfig
+from examples.llama.data.tokenizer import load_tokenizer, train_tokenizer
+from examples.llama.generate import Run, Sampling
+from examples.llama.model import make_cache, make_graphdef
+from examples.llama.task import LlamaTask
+from examples.training.checkpoint import Checkpoints, restore_params, saved_steps
+from examples.training.checks import InputError
+from examples.training.config import TrainConfig
+from examples.training.config import to_json as config_to_json
+from examples.training.sharding import make_mesh, shardings
+from examples.training.step import TrainState
+from examples.training.trained import Source
+from tests.examples.llama_fixtures import run_command
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -41,7 +44,8 @@ MODEL = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
 )
-CONFIG = TrainConfig(model=MODEL, data=DataConfig(sequence_length=48, batch_size=8))
+TASK = LlamaTask(MODEL, DataConfig(sequence_length=48, batch_size=8))
+CONFIG = TrainConfig(TASK)
 PROMPT = jnp.arange(5, 12)
 NO_END = -1
 LOSSES = {2: 5.0, 4: 4.0, 6: 4.5}
@@ -64,7 +68,7 @@ def random_params(model, seed=0):
         noise = 0.3 * generator.normal(size=leaf.shape).astype(np.float32)
         return 1 + noise if path[-1].key == "scale" else noise
 
-    like = jax.eval_shape(lambda: init_state(model, optax.identity(), 0).params)
+    like = jax.eval_shape(lambda: LlamaTask(model).init(0))
     return jax.tree_util.tree_map_with_path(values, like)
 
 
@@ -78,13 +82,13 @@ def tokenizer():
     generator = random.Random(0)
     words = ["the", "optimizer", "moves", "a", "weight", "along", "its", "gradient"]
     documents = [" ".join(generator.choices(words, k=50)) for _ in range(9)]
-    return train_tokenizer(documents, MODEL.vocab_size, CONFIG.data.end_of_document)
+    return train_tokenizer(documents, MODEL.vocab_size, TASK.data.end_of_document)
 
 
 @pytest.fixture(scope="module")
 def run(params, tokenizer):
-    end = tokenizer.token_to_id(CONFIG.data.end_of_document)
-    return Run(CONFIG, tokenizer, end, 6, params)
+    end = tokenizer.token_to_id(TASK.data.end_of_document)
+    return Run(TASK, tokenizer, end, 6, params)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,7 @@ def run_dir(tokenizer, tmp_path_factory):
     for step, loss in LOSSES.items():
         params = random_params(MODEL, step)
         state = TrainState(params, optax.adam(0.1).init(params))
-        state = jax.device_put(state, shardings(state, make_mesh(CONFIG)))
+        state = jax.device_put(state, shardings(state, TASK, make_mesh(CONFIG)))
         checkpoints.save(step, state, batches, loss)
     checkpoints.close()
     return directory
@@ -311,7 +315,7 @@ def test_an_empty_prompt_begins_after_a_document(run):
     np.testing.assert_array_equal(generate.encode_prompt("", run), [run.end])
     (text,) = generate.continue_prompt(run, "", 10)
     assert text
-    assert CONFIG.data.end_of_document not in text
+    assert TASK.data.end_of_document not in text
 
 
 def test_a_prompt_does_not_end_its_document(run):
@@ -328,12 +332,12 @@ def test_text_ends_at_200_tokens_or_where_the_training_sequences_did(run, monkey
         return jnp.zeros((samples, count), jnp.int32)
 
     monkeypatch.setattr(generate, "generate_tokens", generate_tokens)
-    longer = replace(CONFIG, data=replace(CONFIG.data, sequence_length=1024))
+    longer = replace(TASK, data=replace(TASK.data, sequence_length=1024))
     prompt = len(generate.encode_prompt("the weight", run))
     generate.continue_prompt(run, "the weight")
     generate.continue_prompt(run, "the weight", 48 - prompt)
-    generate.continue_prompt(run._replace(config=longer), "the weight")
-    generate.continue_prompt(run._replace(config=longer), "the weight", 500)
+    generate.continue_prompt(run._replace(task=longer), "the weight")
+    generate.continue_prompt(run._replace(task=longer), "the weight", 500)
     assert counts == [48 - prompt, 48 - prompt, 200, 500]
 
 
@@ -366,7 +370,7 @@ def test_what_cannot_be_written(run, arguments, message):
 def test_the_parameters_of_a_checkpoint(run_dir, options, step):
     loaded = generate.load_run(Source(run_dir, **options))
     assert loaded.step == step
-    assert loaded.config == CONFIG
+    assert loaded.task == TASK
     assert loaded.end == 0
     expected = random_params(MODEL, step)
     assert jax.tree.structure(loaded.params) == jax.tree.structure(expected)
@@ -428,7 +432,7 @@ def test_no_such_checkpoint(run_dir):
 def test_the_command(run_dir, capsys):
     command = ["--run-dir", str(run_dir), "--prompt", "the weight", "--seed", "3"]
     options = ["--tokens", "12", "--top-k", "20", "--samples", "2", "--best"]
-    run_command(generate.generate, command + options)
+    run_command("generate", command + options)
     output = capsys.readouterr().out
     first, second = output.removeprefix("--- 1 of 2 ---\n").split("\n--- 2 of 2 ---\n")
     loaded = generate.load_run(Source(run_dir, best=True))
@@ -438,15 +442,15 @@ def test_the_command(run_dir, capsys):
     )
     assert [first, second] == [expected[0], expected[1] + "\n"]
 
-    run_command(generate.generate, [*command, "--tokens", "3"])
+    run_command("generate", [*command, "--tokens", "3"])
     assert capsys.readouterr().out.startswith("the weight")
 
 
 def test_a_command_that_cannot_run_says_why(run_dir, capsys):
     command = ["--run-dir", str(run_dir)]
     with pytest.raises(SystemExit, match=r"^error: tokens is 60: with the prompt's 1"):
-        run_command(generate.generate, [*command, "--tokens", "60"])
+        run_command("generate", [*command, "--tokens", "60"])
     with pytest.raises(SystemExit) as raised:
-        run_command(generate.generate, [*command, "--temperature", "-1"])
+        run_command("generate", [*command, "--temperature", "-1"])
     assert raised.value.code == 2
     assert "temperature is -1.0" in capsys.readouterr().err

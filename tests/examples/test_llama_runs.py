@@ -37,25 +37,29 @@ from safetensors.numpy import load_file
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from examples.llama import export, generate, log, loop
-from examples.llama import train as program
-from examples.llama.checkpoint import Checkpoints, checksum, size
-from examples.llama.checks import InputError
-from examples.llama.command_line import run_command, run_training_command
-from examples.llama.config import DataConfig, OptimizerConfig, TrainConfig, to_json
-from examples.llama.loop import training
-from examples.llama.model import count_parameters
-from examples.llama.optimizer import make_optimizer
-from examples.llama.processes import preemption
-from examples.llama.run_dir import CONFIG_NAME, CORPUS_NAME, TOKENIZER_NAME
-from examples.llama.step import TrainState, init_state
+from examples.llama.config import DataConfig
+from examples.llama.data.load import TOKENIZER_NAME
+from examples.llama.model import count_parameters, flops_per_token
+from examples.llama.task import LlamaTask
+from examples.training import log, loop
+from examples.training.checkpoint import Checkpoints, checksum, size
+from examples.training.checks import InputError
+from examples.training.config import TrainConfig, to_json
+from examples.training.engine import Engine, make_engine
+from examples.training.loop import training
+from examples.training.optimizers import OptimizerConfig
+from examples.training.processes import preemption
+from examples.training.run_dir import CONFIG_NAME, DATA_NAME
+from examples.training.step import TrainState
 from tests.examples.llama_fixtures import (
     MODEL,
     Command,
+    changed,
     largest_file,
     little_compilation,
     programs_compiled_once,
     read_log,
+    run_command,
     train,
     write_documents,
 )
@@ -82,13 +86,15 @@ def cache(tmp_path_factory):
 def config(tmp_path_factory):
     documents = write_documents(tmp_path_factory.mktemp("documents"))
     return TrainConfig(
-        model=MODEL,
-        data=DataConfig(
-            data=(str(documents),),
-            cache_dir=tmp_path_factory.mktemp("cache"),
-            sequence_length=16,
-            batch_size=8,
-            validation_batches=2,
+        LlamaTask(
+            MODEL,
+            DataConfig(
+                data=(str(documents),),
+                cache_dir=tmp_path_factory.mktemp("cache"),
+                sequence_length=16,
+                batch_size=8,
+                validation_batches=2,
+            ),
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1),
         steps=STEPS,
@@ -209,9 +215,9 @@ def test_tensorboard_shows_the_log_and_no_step_twice(
             assert (event.step, value.tag) not in shown
             shown[event.step, value.tag] = value.simple_value
     for record in log.read(run_dir):
-        for name in record.keys() - {"step"}:
+        for name, expected in log.scalars(record):
             value = shown.pop((record["step"], name))
-            assert value == pytest.approx(record[name], rel=1e-6)
+            assert value == pytest.approx(expected, rel=1e-6)
     assert not shown
 
 
@@ -221,7 +227,7 @@ def test_operations_of_a_token():
     parameters = 2 * block + 32 + 32 * 304
     # Scores and sums of 16 keys, forward and twice backward.
     scores = 2 * (3 * 2 * 2 * 16 * 32)
-    assert log.flops_per_token(MODEL, 16) == 6 * parameters + scores
+    assert flops_per_token(MODEL, 16) == 6 * parameters + scores
 
 
 def test_utilization_is_of_the_peak_where_that_is_known(monkeypatch):
@@ -296,8 +302,9 @@ def test_sigterm_is_asked_for_after_each_step_and_then_as_before():
 
 def test_a_run_that_is_over_computes_nothing(config, whole, whole_dir, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in whole_dir.rglob("*")}
-    for name in ("load_run_data", "make_state", "compile_programs"):
-        monkeypatch.delattr(loop, name)
+    monkeypatch.delattr(loop, "load_run_data")
+    for name in ("make_state", "compile"):
+        monkeypatch.delattr(Engine, name)
     assert train(config, whole_dir) == whole
     assert {p: p.stat().st_mtime_ns for p in whole_dir.rglob("*")} == before
 
@@ -311,10 +318,10 @@ def test_a_run_killed_in_its_last_save_saves_again(config, whole, whole_dir, tmp
 
 
 def test_settings_that_may_change_in_a_run(config, run_dir, whole, tmp_path):
-    other = replace(
+    other = changed(
         config,
-        model=replace(config.model, unroll=2),
-        data=replace(config.data, cache_dir=tmp_path / "other"),
+        model={"unroll": 2},
+        data={"cache_dir": tmp_path / "other"},
         mesh=(2, 2, 2),
         keep=3,
         checkpoint_every=10,
@@ -328,38 +335,39 @@ def test_settings_that_may_change_in_a_run(config, run_dir, whole, tmp_path):
 
 
 def test_text_that_has_changed(config, run_dir, tmp_path):
-    (documents,) = map(Path, config.data.data)
+    (documents,) = map(Path, config.task.data.data)
     there = shutil.copytree(documents, tmp_path / "documents")
     file = next(file for file in sorted(there.iterdir()) if file.is_file())
     file.write_text(file.read_text() + " and")
-    data = replace(config.data, data=(str(there),))
     # As where the directory has been written to, and is still the same setting.
-    changed = replace(config, data=data)
+    other = changed(config, data={"data": (str(there),)})
     text = (run_dir / CONFIG_NAME).read_text()
     (run_dir / CONFIG_NAME).write_text(text.replace(str(documents), str(there)))
     before = read_log(run_dir)
-    with pytest.raises(InputError, match=r"^run_dir: .* was trained on other text: "):
-        train(changed, run_dir)
-    (run_dir / CORPUS_NAME).unlink()
+    with pytest.raises(
+        InputError, match=r"^run_dir: the data have .* another data.sha256; "
+    ):
+        train(other, run_dir)
+    (run_dir / DATA_NAME).unlink()
     (run_dir / TOKENIZER_NAME).write_text("{}")
-    with pytest.raises(InputError, match=r"^run_dir: .* has another tokenizer: "):
-        train(changed, run_dir)
-    assert not (run_dir / CORPUS_NAME).exists()
+    with pytest.raises(InputError, match=r"^run_dir: the data .* another tokenizer"):
+        train(other, run_dir)
+    assert not (run_dir / DATA_NAME).exists()
     assert read_log(run_dir) == before
 
 
 def test_a_run_is_sampled_from_and_exported(config, whole_dir, tmp_path, capsys):
     source = ["--run-dir", str(whole_dir)]
     sampling = ["--temperature", "0", "--tokens", "5", "--prompt", "the "]
-    run_command(generate.generate, [*source, *sampling])
+    run_command("generate", [*source, *sampling])
     text = capsys.readouterr().out
     assert text.startswith("the ")
     assert len(text) > len("the \n")
-    run_command(export.export, [*source, "--output-dir", str(tmp_path / "hf")])
+    run_command("export", [*source, "--output-dir", str(tmp_path / "hf")])
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
-    assert sum(map(np.size, tensors.values())) == count_parameters(config.model)
+    assert sum(map(np.size, tensors.values())) == count_parameters(config.task.model)
     head = tensors["lm_head.weight"]
-    assert head.shape == (config.model.vocab_size, config.model.hidden_size)
+    assert head.shape == (config.task.model.vocab_size, config.task.model.hidden_size)
 
 
 def test_the_best_is_kept_when_a_run_goes_on(config, run_dir):
@@ -566,7 +574,7 @@ def test_a_checksum_sees_any_bit(name, place):
 
 
 def test_the_size_of_a_checkpoint(config):
-    state = init_state(MODEL, make_optimizer(config.optimizer, STEPS), 0)
+    state = make_engine(config).make_state()
     assert size(state) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
@@ -575,12 +583,7 @@ def test_the_size_of_a_checkpoint(config):
 
 def test_a_directory_of_a_run_with_other_settings(config, run_dir):
     before = sorted(run_dir.rglob("*"))
-    other = replace(
-        config,
-        seed=1,
-        optimizer=replace(config.optimizer, b1=0.8),
-        data=replace(config.data, batch_size=16),
-    )
+    other = changed(config, seed=1, optimizer={"b1": 0.8}, data={"batch_size": 16})
     with pytest.raises(
         InputError, match=r"run with other settings \(b1, batch_size, seed\); choose"
     ):
@@ -663,14 +666,14 @@ def test_a_disk_needs_room_for_all_checkpoints(missing, config, tmp_path, monkey
         raise Began
 
     usage = namedtuple("usage", ["free"])
-    state = init_state(MODEL, make_optimizer(config.optimizer, STEPS), 0)
+    state = make_engine(config).make_state()
     # The two newest, the best, and the one that is being written.
     free = 4 * size(state) - missing
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free))
-    monkeypatch.setattr(loop, "make_state", begin)
+    monkeypatch.setattr(Engine, "make_state", begin)
     if missing:
         with pytest.raises(
-            InputError, match=r"run_dir: 4 checkpoints of 0.0 GB do not"
+            InputError, match=r"run_dir: 4 checkpoints of [0-9.]+ kB do not"
         ):
             next(training(config, tmp_path / "run"))
     else:
@@ -682,7 +685,7 @@ def test_a_disk_with_the_checkpoints_on_it_needs_less(config, run_dir, monkeypat
     usage = namedtuple("usage", ["free"])
     files = [f for f in (run_dir / "checkpoints").rglob("*") if f.is_file()]
     used = sum(f.stat().st_size for f in files)
-    state = init_state(MODEL, make_optimizer(config.optimizer, STEPS), 0)
+    state = make_engine(config).make_state()
     assert used > size(state)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(4 * size(state) - used))
     assert len(next(training(config, run_dir))) == STOPPED
@@ -713,18 +716,18 @@ def full_for_tensorstore(*_):
 def test_a_disk_that_is_full_ends_a_run_which_then_goes_on(
     where, name, replacement, config, run_dir, whole, tmp_path, monkeypatch
 ):
-    compiled = loop.compile_programs
+    compiled = Engine.compile
 
     def fill(*arguments):
         monkeypatch.setattr(where, name, replacement)
         return compiled(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "compile_programs", fill)
+        patch.setattr(Engine, "compile", fill)
         with pytest.raises(
             SystemExit, match=r"^error: there is no space left on the disk"
         ):
-            run_training_command(program.train, command_line(config, run_dir, tmp_path))
+            run_command("train", command_line(config, run_dir, tmp_path))
     monkeypatch.undo()
     assert train(config, run_dir) == whole
 
@@ -747,7 +750,7 @@ def test_an_error_in_writing_a_checkpoint_is_not_lost(config, whole, tmp_path):
 def diverge(config, run_dir, tmp_path):
     """Runs the command until it says that the run diverged, and returns the log."""
     with pytest.raises(SystemExit) as ended:
-        run_training_command(program.train, command_line(config, run_dir, tmp_path))
+        run_command("train", command_line(config, run_dir, tmp_path))
     records = read_log(run_dir)
     step = records[-1]["step"]
     assert ended.value.code == (
@@ -777,12 +780,12 @@ def test_a_run_that_diverges_ends_and_stays_so(config, tmp_path, monkeypatch):
 def test_a_validation_loss_that_is_not_finite_is_divergence(
     config, whole, tmp_path, monkeypatch
 ):
-    compiled, losses = loop.compile_programs, iter([5.0, np.nan])
+    compiled, losses = Engine.compile, iter([5.0, np.nan])
 
     def broken(*arguments):
         return compiled(*arguments)._replace(evaluate=lambda *_: next(losses))
 
-    monkeypatch.setattr(loop, "compile_programs", broken)
+    monkeypatch.setattr(Engine, "compile", broken)
     run_dir = tmp_path / "run"
     records = diverge(config, run_dir, tmp_path)
     assert [r["loss"] for r in records] == [r["loss"] for r in whole[:4]]

@@ -15,10 +15,11 @@ for _module in ("grain", "tokenizers", "tqdm"):
 
 # ruff: noqa: E402
 
-from examples.llama.checks import InputError
 from examples.llama.config import END_OF_DOCUMENT, DataConfig
-from examples.llama.data import load_data
-from examples.llama.tokenizer import encode, load_tokenizer, train_tokenizer
+from examples.llama.data.load import load_data
+from examples.llama.data.streaming import open_splits, stream_tokenizer
+from examples.llama.data.tokenizer import encode, load_tokenizer, train_tokenizer
+from examples.training.checks import InputError
 from tests.examples.llama_data_fixtures import (
     TRAINING,
     VALIDATION,
@@ -204,11 +205,12 @@ def test_another_column_with_gaps(datasets, stream_config, tmp_path, tokenizer):
 
 def test_a_tokenizer_for_a_stream_is_trained_once(stream_config, tmp_path, trained):
     config = replace(stream_config, tokenizer="", cache_dir=tmp_path)
-    first = load_data(config, 300, 0).tokenizer
-    again = load_data(config, 300, 0).tokenizer
-    assert first.to_str() == again.to_str()
+    first = load_data(config, 300, 0).files
+    train, _ = open_splits(config)
+    again = stream_tokenizer(train, config, 300)
     expected = train_tokenizer(TRAINING, 300, END_OF_DOCUMENT)
-    assert first.to_str() == expected.to_str()
+    assert first == {"tokenizer.json": expected.to_str(pretty=True)}
+    assert again.to_str() == expected.to_str()
     assert again.encode(END_OF_DOCUMENT).ids == expected.encode(END_OF_DOCUMENT).ids
     load_data(config, 310, 0)
     load_data(replace(config, text_column="url", validation_batches=1), 300, 0)
@@ -218,11 +220,11 @@ def test_a_tokenizer_for_a_stream_is_trained_once(stream_config, tmp_path, train
 def test_a_tokenizer_is_trained_on_the_first_documents(
     stream_config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("examples.llama.streaming._TOKENIZER_DOCUMENTS", 5)
+    monkeypatch.setattr("examples.llama.data.streaming._TOKENIZER_DOCUMENTS", 5)
     config = replace(stream_config, tokenizer="", cache_dir=tmp_path)
-    trained = load_data(config, 300, 0).tokenizer
+    loaded = load_data(config, 300, 0)
     expected = train_tokenizer(TRAINING[:5], 300, END_OF_DOCUMENT)
-    assert trained.to_str() == expected.to_str()
+    assert loaded.files == {"tokenizer.json": expected.to_str(pretty=True)}
 
 
 def test_a_name_and_a_configuration_are_passed_on(
@@ -251,7 +253,7 @@ def test_a_program_ends_while_it_reads(datasets, tokenizer_file, tmp_path):
     script = f"""
 from pathlib import Path
 from examples.llama.config import DataConfig
-from examples.llama.data import load_data
+from examples.llama.data.load import load_data
 config = DataConfig(
     data=("hf:{tmp_path}",), tokenizer="{tokenizer_file}", cache_dir=Path("unused"),
     sequence_length=16, batch_size=4, validation_batches=2, shuffle_windows=3000
@@ -292,6 +294,40 @@ def test_a_dataset_that_is_nowhere(stream_config, monkeypatch):
 def test_a_directory_without_a_dataset(stream_config, tmp_path):
     with pytest.raises(InputError, match=r"cannot load hf:.* \(The directory at "):
         load_data(replace(stream_config, data=(f"hf:{tmp_path}",)), 300, 0)
+
+
+def test_what_comes_beside_data_files_is_no_document(stream_config, tmp_path):
+    write_dataset(tmp_path, "json.gz")
+    for name in ("README.md", "LICENSE", ".gitattributes"):
+        (tmp_path / name).write_text("some text")
+    with pytest.raises(InputError, match=f"pass --data hf:{tmp_path}, and --text-col"):
+        load_data(replace(stream_config, data=(str(tmp_path),)), 300, 0)
+    # What the message says works.
+    there = load_data(replace(stream_config, data=(f"hf:{tmp_path}",)), 300, 0)
+    expected = load_data(stream_config, 300, 0)
+    np.testing.assert_array_equal(there.validation, expected.validation)
+
+
+def test_a_dataset_of_one_file(stream_config, shards):
+    (file,) = shards.glob("validation*")
+    message = r"data: hf:.* is one file, .* make a directory with a file train\.\* and "
+    with pytest.raises(InputError, match=message):
+        load_data(replace(stream_config, data=(f"hf:{file}",)), 300, 0)
+
+
+@pytest.mark.parametrize("tokenizer", ["", "given"])
+def test_documents_that_cannot_be_read(
+    tokenizer, stream_config, tokenizer_file, tmp_path, monkeypatch
+):
+    def texts(dataset, column):
+        yield "some text"
+        raise ConnectionError("the network is down")
+
+    monkeypatch.setattr("examples.llama.data.streaming._texts", texts)
+    given = str(tokenizer_file) if tokenizer else ""
+    config = replace(stream_config, tokenizer=given, cache_dir=tmp_path)
+    with pytest.raises(InputError, match=r"data: cannot read hf:.* \(the network is"):
+        load_data(config, 300, 0)
 
 
 def test_a_configuration_that_a_dataset_lacks(stream_config):

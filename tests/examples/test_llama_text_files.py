@@ -16,9 +16,9 @@ for _module in ("grain", "tokenizers", "tqdm"):
 import grain
 from tokenizers import Tokenizer
 
-from examples.llama.checks import InputError
 from examples.llama.config import END_OF_DOCUMENT, DataConfig
-from examples.llama.text_files import (
+from examples.llama.data.text_files import (
+    cut_document,
     cut_windows,
     load_corpus,
     pack,
@@ -27,8 +27,10 @@ from examples.llama.text_files import (
     train_batches,
     validation_batches,
 )
+from examples.training.checks import InputError
 from tests.examples.llama_data_fixtures import (
     assert_resumes,
+    make_documents,
     record_training,
     short_turns,
     sorted_rows,
@@ -120,9 +122,82 @@ def test_the_standard_library_without_its_tests():
 
 def test_a_directory_may_hold_other_files(tmp_path, capsys):
     (tmp_path / "text").write_text("some text")
-    (tmp_path / "image").write_bytes(b"\xff\xd8\xff")
+    for i in range(5):
+        (tmp_path / f"image{i}").write_bytes(b"\xff\xd8\xff")
     assert read_documents((tmp_path,)) == ["some text"]
-    assert "Skipped 1 files" in capsys.readouterr().out
+    named = ", ".join(str(tmp_path / f"image{i}") for i in range(3))
+    expected = f"Skipped 5 files that cannot be read as UTF-8 text: {named} and 2 more."
+    assert expected in capsys.readouterr().out
+
+
+def test_a_file_whose_name_is_not_text(tmp_path, capsys):
+    (tmp_path / "text").write_text("some text")
+    try:
+        (tmp_path / "\udcff").write_bytes(b"\xff")
+    except OSError:
+        pytest.skip("such names are not allowed here")
+    assert read_documents((tmp_path,)) == ["some text"]
+    printed = capsys.readouterr().out.encode().decode()
+    assert "Skipped 1 files" in printed
+    assert r"\udcff." in printed
+
+
+def test_what_is_hidden_in_a_directory_is_left_out(tmp_path, capsys):
+    directory = tmp_path / ".corpus"
+    for name in ("text", ".notes", ".git/config", "below/.git/refs/main", "below/text"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(name)
+    assert read_documents((directory,)) == ["below/text", "text"]
+    assert "Left out 3 hidden files: " in (printed := capsys.readouterr().out)
+    assert f"{directory}/.git/config" in printed
+    assert read_documents((directory / ".notes",)) == [".notes"]
+
+
+def test_an_empty_name(config):
+    with pytest.raises(InputError, match=r"data: '' is no file; leave --data out"):
+        load_corpus(replace(config, data=("",)), 300)
+
+
+ROWS = '{"text": "some text"}\n'
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "below/a.JSONL.GZ", "a.parquet", "a.csv", "a.arrow", "a.json.gz"],
+)
+def test_a_directory_of_data_files(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for file in (name, "README.md", "LICENSE", "dataset_infos.json", ".gitattributes"):
+        (tmp_path / file).write_text(ROWS)
+    message = f"data: there are rows, .* in .*{name}; pass --data hf:{tmp_path}, .*--te"
+    with pytest.raises(InputError, match=message):
+        read_documents((tmp_path,))
+
+
+def test_json_is_data_where_there_is_nothing_else(tmp_path):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(InputError, match=r"rows, .*a.json, .*b.json; pass --data hf:"):
+        read_documents((tmp_path,))
+    (tmp_path / "text").write_text("text")
+    assert read_documents((tmp_path,)) == ["a.json", "b.json", "text"]
+
+
+def test_data_files_beside_text_are_left_out(tmp_path, capsys):
+    for name in ("table.csv", "train.jsonl", "notes.txt", "settings.json"):
+        (tmp_path / name).write_text(name)
+    assert read_documents((tmp_path,)) == ["notes.txt", "settings.json"]
+    printed = capsys.readouterr().out
+    assert f"Left out 2 files that hold rows, not plain text: {tmp_path}/ta" in printed
+    assert f"{tmp_path}/train.jsonl. To train on them instead, " in printed
+
+
+def test_a_named_data_file(tmp_path):
+    for name in ("train.jsonl", "notes.txt"):
+        (tmp_path / name).write_text(ROWS)
+    message = r"data: there are rows, .*train.jsonl; make a directory .* hf:DIRECTORY"
+    with pytest.raises(InputError, match=message):
+        read_documents((tmp_path / "notes.txt", tmp_path / "train.jsonl"))
 
 
 def test_a_named_file_that_is_not_text(tmp_path):
@@ -147,9 +222,72 @@ def test_a_directory_without_text(tmp_path):
         read_documents((tmp_path,))
 
 
-def test_a_single_document():
-    with pytest.raises(InputError, match="data: one document only"):
-        split_documents(["text"], 0.1)
+# A single document
+
+
+PARAGRAPHS = [f"{i}, {text}" for i, text in enumerate(make_documents(3000, 120))]
+
+
+def test_a_single_file_is_cut_at_blank_lines(config, tmp_path, capsys):
+    text = "\n\n".join(PARAGRAPHS)
+    assert len(text) > 2_000_000
+    (tmp_path / "book.txt").write_text(text)
+    corpus = load_corpus(replace(config, data=(str(tmp_path / "book.txt"),)), 300)
+    cut = (
+        "One document of {:,} characters: cut into {} different pieces, at blank lines"
+    )
+    assert cut.format(len(text), sum(corpus.documents)) in capsys.readouterr().out
+    assert corpus.documents[1] == round(0.1 * sum(corpus.documents))
+    training, validation = (
+        split_at_ends(stream, corpus.tokenizer)
+        for stream in (corpus.train, corpus.validation)
+    )
+    pieces = cut_document(text)
+    assert sorted(training + validation) == sorted(pieces)
+    assert all(piece.endswith("\n\n") for piece in pieces[:-1])
+    assert not {*training} & {*validation}
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("\n\n".join(PARAGRAPHS[:300]), "\n\n"),
+        ("\r\n \r\n".join(PARAGRAPHS[:300]), "\r\n \r\n"),
+        ("\n".join(PARAGRAPHS[:300]), "\n"),
+        (" ".join(PARAGRAPHS[:300]).replace("\n", " "), ""),
+        ("\n\n".join(PARAGRAPHS[:4]), "\n\n"),
+    ],
+)
+def test_a_document_is_cut_where_it_does_the_least_harm(text, end):
+    pieces = cut_document(text)
+    assert "".join(pieces) == text
+    assert all(piece.endswith(end) for piece in pieces[:-1])
+    shortest = max(1000, len(text) // 100)
+    assert all(shortest <= len(piece) < 3 * shortest for piece in pieces)
+    assert 50 <= len(pieces) <= 100 or len(text) < 100_000
+
+
+LINES = 2 * ("a" * 999 + "\n")
+
+
+def test_a_piece_that_comes_again_is_left_out():
+    assert cut_document(10 * LINES + "end") == [LINES, LINES + "end"]
+
+
+def test_several_files_are_not_cut(config, tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).write_text("\n\n".join([name, *PARAGRAPHS[:50]]))
+    corpus = load_corpus(replace(config, data=(str(tmp_path),)), 300)
+    assert corpus.documents == (1, 1)
+    assert "cut into" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["a" * 2999, 10 * LINES])
+def test_a_single_document_too_short_to_be_cut(text, config, tmp_path):
+    (tmp_path / "file").write_text(text)
+    message = r"data: one document only, of [\d,]+ characters \(copies .* 3,000 char"
+    with pytest.raises(InputError, match=message):
+        load_corpus(replace(config, data=(str(tmp_path),)), 300)
 
 
 # Windows and batches
@@ -292,7 +430,7 @@ def test_a_cache_half_written_is_not_there(config, tmp_path, monkeypatch):
 
     elsewhere = replace(config, cache_dir=tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("examples.llama.text_files.pack", interrupted)
+        patch.setattr("examples.llama.data.text_files.pack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_corpus(elsewhere, 300)
     assert list((tmp_path / "llama").iterdir()) == []

@@ -12,11 +12,23 @@ for _module in ("grain", "tokenizers", "tqdm"):
 
 # ruff: noqa: E402
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
-from examples.llama.checks import InputError
 from examples.llama.config import END_OF_DOCUMENT, DataConfig
-from examples.llama.tokenizer import check_tokenizer, encode, load_tokenizer
+from examples.llama.data.tokenizer import (
+    check_tokenizer,
+    encode,
+    load_tokenizer,
+    report_loss,
+)
+from examples.training.checks import InputError
 from tests.examples.llama_data_fixtures import make_documents, save_tokenizer
 
 
@@ -100,6 +112,151 @@ def test_a_tokenizer_from_the_hub(monkeypatch, tokenizer_file):
         return Tokenizer.from_file(str(tokenizer_file))
 
     hub = types.SimpleNamespace(from_pretrained=from_pretrained)
-    monkeypatch.setattr("examples.llama.tokenizer.Tokenizer", hub)
+    monkeypatch.setattr("examples.llama.data.tokenizer.Tokenizer", hub)
     assert load_tokenizer("t5-base").encode_special_tokens
     assert asked == ["t5-base"]
+
+
+# Text that a tokenizer loses
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LOSS = DataConfig(tokenizer="given.json")
+
+
+def finish(model, pre_tokenizer, decoder=None):
+    """A tokenizer that knows small letters and the end of a document."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if decoder:
+        tokenizer.decoder = decoder
+    tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    return tokenizer
+
+
+def bpe(pre_tokenizer, pieces=LETTERS, **settings):
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    return finish(models.BPE(vocab=vocab, merges=[], **settings), pre_tokenizer)
+
+
+def word_piece():
+    pieces = ["[UNK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    model = models.WordPiece(vocab, unk_token="[UNK]")
+    return finish(model, pre_tokenizers.Whitespace())
+
+
+def unigram(unk_id, pieces=("<unk>", "▁", *LETTERS)):
+    model = models.Unigram([(piece, -1.0) for piece in pieces], unk_id=unk_id)
+    # As T5's: each word begins with a piece that stands for no character of it.
+    before = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    return finish(model, pre_tokenizers.Sequence(before), decoders.Metaspace())
+
+
+def every_kind():
+    words = pre_tokenizers.Whitespace()
+    return {
+        "BPE without an unknown token": bpe(words),
+        "BPE, not split into words": bpe(None),
+        "BPE with an unknown token": bpe(
+            words, ["<unk>", *LETTERS], unk_token="<unk>", fuse_unk=True
+        ),
+        "BPE of bytes, of which it lacks some": bpe(
+            pre_tokenizers.ByteLevel(add_prefix_space=True), ["Ġ", *LETTERS]
+        ),
+        "WordPiece": word_piece(),
+        "Unigram": unigram(0),
+    }
+
+
+KINDS = every_kind()
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@each_kind
+def test_the_share_of_the_text_that_a_tokenizer_loses_is_said(kind, capsys):
+    documents = ["one two\n", "", "  中 abc 文字 def", "end"]
+    report_loss(KINDS[kind], LOSS, documents)
+    assert capsys.readouterr().out == (
+        "Warning: the tokenizer given.json has no token for 3 of the first 18 "
+        "characters of the text (16.67%), which are lost.\n"
+    )
+
+
+@each_kind
+def test_a_tokenizer_that_loses_nothing(kind, capsys):
+    report_loss(KINDS[kind], LOSS, ["one two", "three\n  four\t"])
+    report_loss(KINDS[kind], LOSS, [" ", ""])
+    assert capsys.readouterr().out == ""
+
+
+@each_kind
+def test_a_tokenizer_that_loses_most_is_refused(kind):
+    message = (
+        "tokenizer: given.json has no token for 30 of the first 33 characters of the "
+        r"text \(90.91%\), which are lost; give one made for such text, or leave"
+    )
+    with pytest.raises(InputError, match=message):
+        report_loss(KINDS[kind], LOSS, ["中文" * 15, "abc"])
+
+
+def test_bytes_lose_nothing(tokenizer, capsys):
+    text = f"中文 é e\u0301 👩‍🚀\r\n {END_OF_DOCUMENT} "
+    report_loss(tokenizer, LOSS, [text * 100])
+    pieces = ["<unk>", "▁", *LETTERS, *(f"<0x{i:02X}>" for i in range(256))]
+    settings = {"unk_token": "<unk>", "byte_fallback": True}
+    report_loss(bpe(pre_tokenizers.Metaspace(), pieces, **settings), LOSS, ["中文 a b"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["NFC", "NFKC", "NFD", "NFKD", "Lowercase"])
+def test_what_a_normalizer_rewrites_is_not_lost(name, tokenizer, capsys):
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.normalizer = getattr(normalizers, name)()
+    report_loss(other, LOSS, ["é e\u0301 한 \u1112\u1161\u11ab ﬁ … ABC"])
+    assert capsys.readouterr().out == ""
+
+
+def test_what_a_normalizer_or_a_pre_tokenizer_takes_away_is_lost(capsys):
+    tokenizer = bpe(pre_tokenizers.Punctuation("removed"))
+    tokenizer.normalizer = normalizers.Replace("0", "")
+    report_loss(tokenizer, LOSS, ["abc, d0e."])
+    assert "no token for 3 of the first 8 characters" in capsys.readouterr().out
+
+
+def test_special_tokens_that_are_dropped_from_the_text_are_lost(capsys):
+    pieces = ["<unk>", "▁", "</s>", *LETTERS, "<extra>"]
+    tokenizer = unigram(0, pieces)
+    tokenizer.add_special_tokens(["</s>", "<extra>"])
+    tokenizer.encode_special_tokens = True
+    config = DataConfig(tokenizer="given.json", end_of_document="</s>")
+    report_loss(tokenizer, config, ["some text ab<extra>cd</s>ef"])
+    assert "no token for 11 of the first 25 characters" in capsys.readouterr().out
+
+
+def test_the_beginning_of_the_text_is_tried(capsys):
+    def documents():
+        yield "中" + "a" * 400_000
+        yield "中" + "a" * 700_000
+        raise AssertionError("this is far behind")
+
+    report_loss(KINDS["WordPiece"], LOSS, ["中 " + "a" * 50])
+    assert "1 of the first 51 " in capsys.readouterr().out
+    report_loss(KINDS["BPE without an unknown token"], LOSS, documents())
+    assert "2 of the first 1,000,000 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [unigram(None, ["▁", *LETTERS]), finish(models.WordLevel({"a": 0}), None)],
+    ids=["Unigram", "WordLevel"],
+)
+def test_a_tokenizer_that_needs_an_unknown_token_and_has_none(tokenizer):
+    message = r"tokenizer: it cannot tokenize the text \(.*unk.*\); give one that has"
+    for use in (
+        lambda: report_loss(tokenizer, LOSS, ["a", "中"]),
+        lambda: encode(["a", "中"], tokenizer, END_OF_DOCUMENT),
+    ):
+        with pytest.raises(InputError, match=f"(?i){message}"):
+            use()
+    assert len(encode(["a"], tokenizer, END_OF_DOCUMENT)) >= 2

@@ -3,23 +3,21 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
 
-from examples.llama.checks import require
-from examples.llama.config import ModelConfig
-from examples.llama.model import count_parameters
+from examples.training.checks import require
 
 Record = dict[str, Any]
-"""What is known of a step. ``step``, counted from one, ``loss``, ``perplexity``,
-``grad_norm`` and ``learning_rate`` are there always; ``validation_loss``,
-``validation_perplexity`` and ``aligned_fraction`` after an evaluation;
-``seconds_per_step``, ``tokens_per_second`` and ``mfu`` where the log is written.
-``diverged`` ends a run."""
+"""What is known of a step. ``step``, counted from one, ``loss``, ``grad_norm``,
+``learning_rate`` and the task's metrics are there always; ``validation_loss``, its
+metrics, ``aligned_fraction`` and ``aligned_fractions`` (of each parameter, by layers
+where they are stacked) after an evaluation; ``seconds_per_step``, the speed in the
+task's units and ``mfu`` where the log is written. ``diverged`` ends a run."""
 
 FILE_NAME = "metrics.jsonl"
 
@@ -78,9 +76,8 @@ class Log:
         with self._path.open("a") as file:
             for record in records:
                 file.write(_line(record))
-                for name, value in record.items():
-                    if name != "step" and math.isfinite(value):
-                        self._events.add_scalar(name, value, record["step"])
+                for name, value in scalars(record):
+                    self._events.add_scalar(name, value, record["step"])
             _sync(file)
         self._events.flush()
 
@@ -99,22 +96,18 @@ def read(directory: Path) -> list[Record]:
     return [_parse(line) for line in lines]
 
 
-def perplexity(loss: float) -> float:
-    """Returns the exponential of a loss in nats."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Counts the operations that a token takes in training, as in PaLM.
-
-    Six for each parameter that multiplies, which the embedding's do not, and
-    ``12 L T D`` for attention, whose causal mask is not counted as a saving.
-
-    Reference: Chowdhery et al., arXiv:2204.02311, appendix B.
-    """
-    parameters = count_parameters(config) - config.vocab_size * config.hidden_size
-    attention = 12 * config.num_layers * config.hidden_size * sequence_length
-    return 6.0 * parameters + attention
+def scalars(record: Record) -> Iterator[tuple[str, float]]:
+    """Lists the finite numbers of a record, those of each layer by its own name."""
+    for name, value in record.items():
+        if name == "aligned_fractions":
+            for leaf, fraction in value.items():
+                if isinstance(fraction, list):
+                    for layer, of_layer in enumerate(fraction):
+                        yield f"{name}/{leaf}/{layer}", of_layer
+                else:
+                    yield f"{name}/{leaf}", fraction
+        elif name != "step" and math.isfinite(value):
+            yield name, value
 
 
 def utilization(flops_per_second: float, devices: int) -> float | None:

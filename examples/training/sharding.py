@@ -1,9 +1,8 @@
 """Where every array is: the mesh, and the rules for parameters and activations.
 
 The mesh has three axes. A batch is split over ``data`` and ``fsdp``. Parameters, and
-what an optimizer keeps of their shape, are split over ``fsdp`` and ``tensor``, and
-gathered over ``fsdp`` where they are used. Heads, the features inside the feed-forward
-layer and the vocabulary are split over ``tensor``. XLA adds the communication.
+what an optimizer keeps of their shape, are split over ``fsdp`` and ``tensor`` as the
+task says, and gathered over ``fsdp`` where they are used. XLA adds the communication.
 """
 
 import math
@@ -15,28 +14,16 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from examples.llama.checks import InputError, require
-from examples.llama.config import TrainConfig
+from examples.training.checks import InputError, require
+from examples.training.config import TrainConfig
+from examples.training.task import Task
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-"""The axes over which the sequences of a batch are split."""
-
-# The axes of each kind of parameter, by the name of what holds it.
-_PARAMETERS = {
-    "embedding": ("tensor", "fsdp"),  # [V, D]
-    "query": ("fsdp", "tensor"),  # [D, N H]
-    "key": ("fsdp", "tensor"),  # [D, K H]
-    "value": ("fsdp", "tensor"),  # [D, K H]
-    "output": ("tensor", "fsdp"),  # [N H, D]
-    "gate": ("fsdp", "tensor"),  # [D, F]
-    "up": ("fsdp", "tensor"),  # [D, F]
-    "down": ("tensor", "fsdp"),  # [F, D]
-    "logits": ("fsdp", "tensor"),  # [D, V]
-}
+"""The axes over which the examples of a batch are split."""
 
 
-def make_mesh(config: TrainConfig, devices: Any = None) -> Mesh:
+def make_mesh(config: TrainConfig[Any], devices: Any = None) -> Mesh:
     """Arranges devices as the configuration says.
 
     Args:
@@ -44,8 +31,8 @@ def make_mesh(config: TrainConfig, devices: Any = None) -> Mesh:
         devices: the devices to choose from; all there are unless given.
 
     Raises:
-        InputError: for more devices than there are, and for a batch, heads, features
-            or a vocabulary that the mesh does not divide.
+        InputError: for more devices than there are, and for a batch or a size of the
+            model that the mesh does not divide.
     """
     devices = np.asarray(jax.devices() if devices is None else devices).ravel()
     shape = config.mesh or (1, len(devices), 1)
@@ -61,28 +48,19 @@ def make_mesh(config: TrainConfig, devices: Any = None) -> Mesh:
         f"have {len(devices)}: use them all",
     )
     data, fsdp, tensor = shape
-    sequences = config.data.batch_size // config.accumulate
+    examples = config.task.batch_size // config.accumulate
     require(
-        sequences % (data * fsdp) == 0,
-        f"batch_size: {sequences} sequences at a time (batch_size / accumulate) do not "
+        examples % (data * fsdp) == 0,
+        f"batch_size: {examples} examples at a time (batch_size / accumulate) do not "
         f"divide among the {data} x {fsdp} devices of the mesh's axes data and fsdp; "
         "choose a multiple, or another --mesh",
     )
-    model = config.model
-    for axis, size, names in (
-        ("fsdp", fsdp, ("hidden_size",)),
-        (
-            "tensor",
-            tensor,
-            ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"),
-        ),
-    ):
-        for name in names:
+    for axis, parts in (("fsdp", fsdp), ("tensor", tensor)):
+        for name, size in config.task.divided[axis].items():
             require(
-                getattr(model, name) % size == 0,
-                f"mesh: the axis {axis} ({size}) does not divide {name} "
-                f"({getattr(model, name)}); choose another --mesh or "
-                f"--{name.replace('_', '-')}",
+                size % parts == 0,
+                f"mesh: the axis {axis} ({parts}) does not divide {name} ({size}); "
+                f"choose another --mesh or --{name.replace('_', '-')}",
             )
     chosen = devices[:count].tolist()
     try:
@@ -98,12 +76,12 @@ def make_mesh(config: TrainConfig, devices: Any = None) -> Mesh:
     require(
         bool((hosts == hosts[:, :, :1]).all()),
         f"mesh: the axis tensor ({tensor}) reaches over several hosts here, and each "
-        "host reads sequences of its own; choose a smaller one",
+        "host reads examples of its own; choose a smaller one",
     )
     return mesh
 
 
-def specs(tree: Any) -> Any:
+def specs(tree: Any, task: Task) -> Any:
     """Finds how each leaf of parameters or of an optimizer's state is laid out.
 
     A leaf with the path of a parameter and its number of axes is laid out like it. All
@@ -111,6 +89,7 @@ def specs(tree: Any) -> Any:
 
     Args:
         tree: arrays, or their shapes.
+        task: what they belong to.
 
     Returns:
         A tree of the same structure with a ``PartitionSpec`` for each leaf.
@@ -118,8 +97,9 @@ def specs(tree: Any) -> Any:
 
     def spec(path: Any, leaf: Any) -> P:
         names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
-        layers = [None] if "blocks" in names else []  # The axis of the scan.
-        for holder, axes in _PARAMETERS.items():
+        # The axis of the scan.
+        layers = [None] if names & task.layers.keys() else []
+        for holder, axes in task.layout.items():
             if holder in names and leaf.ndim == len(layers) + len(axes):
                 return P(*layers, *axes)
         return P()
@@ -127,11 +107,11 @@ def specs(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, task: Task, mesh: Mesh) -> Any:
     """Does as ``specs``, with a ``NamedSharding`` for each leaf."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
-        specs(tree),
+        specs(tree, task),
         is_leaf=lambda x: isinstance(x, P),
     )
 
@@ -143,9 +123,11 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
-def constrain_as_params(tree: Any) -> Any:
+def constrain_as_params(tree: Any, task: Task) -> Any:
     """Lays gradients out as the parameters are."""
-    return jax.tree.map(lambda leaf, spec: constrain(leaf, *spec), tree, specs(tree))
+    return jax.tree.map(
+        lambda leaf, spec: constrain(leaf, *spec), tree, specs(tree, task)
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

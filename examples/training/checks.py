@@ -62,3 +62,12 @@ def reason(error: Exception) -> str:
     """Writes what an error says in one line, which some packages' do in many."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+
+
+def human_size(size: float) -> str:
+    """Writes a number of bytes in the unit that suits it."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

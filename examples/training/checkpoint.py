@@ -15,8 +15,12 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 from tqdm import tqdm
 
-from examples.llama.checks import InputError, reason, require
-from examples.llama.step import Params, TrainState
+from examples.training.checks import InputError, reason, require
+from examples.training.step import TrainState
+from examples.training.task import Params
+
+CHECKPOINTS_NAME = "checkpoints"
+"""Of their directory in that of a run."""
 
 
 class Restored(NamedTuple):
@@ -28,10 +32,11 @@ class Restored(NamedTuple):
 
 @dataclass(frozen=True)
 class _NewestAndBest(checkpoint_managers.PreservationPolicy):  # type: ignore[misc]
-    """Keeps the newest checkpoints, and the one with the lowest validation loss."""
+    """Keeps the newest checkpoints, that with the lowest validation loss, and one."""
 
     newest: int
     losses: Mapping[int, float]
+    always: int | None
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         del context
@@ -40,14 +45,18 @@ class _NewestAndBest(checkpoint_managers.PreservationPolicy):  # type: ignore[mi
         known = [step for step in steps if step in self.losses]
         if known:
             kept.add(min(known, key=self.losses.__getitem__))
-        return [step in kept for step in steps]
+        return [step in kept or step == self.always for step in steps]
 
 
 class Checkpoints:
     """The checkpoints of a run, written while the training goes on."""
 
     def __init__(
-        self, directory: Path, keep: int, losses: Mapping[int, float] | None = None
+        self,
+        directory: Path,
+        keep: int,
+        losses: Mapping[int, float] | None = None,
+        always: int | None = None,
     ):
         """Opens a directory.
 
@@ -55,13 +64,14 @@ class Checkpoints:
             directory: where they are, or will be.
             keep: how many of the newest are kept, beside the best.
             losses: validation losses of the steps of those that are there.
+            always: a step whose checkpoint is kept in any case.
         """
         self._damaged = directory.parent / "damaged_checkpoints"
         self._losses = dict(losses or {})
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_NewestAndBest(keep, self._losses),
+                preservation_policy=_NewestAndBest(keep, self._losses, always),
                 cleanup_tmp_directories=True,
             ),
         )
@@ -210,6 +220,35 @@ def saved_steps(directory: Path) -> list[int]:
         return []
     names = ocp.path.step.standard_name_format()
     return sorted(found.step for found in names.find_all(directory.absolute()))
+
+
+def load_params(run_dir: Path, like: Params) -> Params:
+    """Reads the weights of another run to begin with.
+
+    Args:
+        run_dir: its directory.
+        like: names and shapes of the parameters.
+
+    Returns:
+        The parameters of its newest checkpoint, in the host's memory.
+
+    Raises:
+        InputError: where there is no checkpoint, or it is of another model.
+    """
+    directory = run_dir / CHECKPOINTS_NAME
+    steps = saved_steps(directory)
+    require(bool(steps), f"from: there is no checkpoint in {directory}")
+    params = restore_params(directory, steps[-1], like)
+    for (path, leaf), there in zip(
+        jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(params), strict=True
+    ):
+        require(
+            leaf.shape == there.shape,
+            f"from: the run in {run_dir} is of another model: its "
+            f"{jax.tree_util.keystr(path)} is {there.shape}, and here it is "
+            f"{leaf.shape}",
+        )
+    return params
 
 
 def restore_params(directory: Path, step: int, like: Params) -> Params:

@@ -1,13 +1,14 @@
 """Text files, from documents to batches of tokens.
 
 They are read whole: documents are split into training and validation, tokenized, packed
-end to end into windows of equal length, and shuffled. Tokenizer and tokens are cached
-under a key made of everything they depend on.
+end to end into windows of equal length, and shuffled. A single document is cut before.
+Tokenizer and tokens are cached under a key made of everything they depend on.
 """
 
 import hashlib
+import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +17,31 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from examples.llama.checks import require
 from examples.llama.config import DataConfig
-from examples.llama.disk_cache import cached
-from examples.llama.tokenizer import (
+from examples.llama.data.cache import cached
+from examples.llama.data.tokenizer import (
     DOCUMENTS_AT_ONCE,
     encode,
     given_tokenizer,
     load_tokenizer,
+    report_loss,
+    save_tokenizer,
     train_tokenizer,
 )
+from examples.training.checks import require
 
 _NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+_DATA_FILE = re.compile(
+    r"\.((jsonl|ndjson|parquet|arrow|csv|tsv)(\.(gz|bz2|xz|zst))?|json\.(gz|bz2|xz|zst))$",
+    re.IGNORECASE,
+)
+"""Names of files whose rows are documents, which the package ``datasets`` reads."""
+_OTHER_COLUMN = "and --text-column if their text is not in the column 'text'"
+_BLANK_LINES = re.compile(r"\n\s*\n")
+_PIECES = 100
+"""Into about how many pieces a single document is cut."""
+_PIECE = 1000
+"""Characters that each of them has at least."""
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 
 
@@ -53,13 +67,21 @@ def load_corpus(config: DataConfig, vocab_size: int) -> Corpus:
         InputError: where there is no text, or too little of it, and for a tokenizer
             that does not fit.
     """
+    require(
+        "" not in config.data,
+        "data: '' is no file; leave --data out for the standard library of Python",
+    )
     documents = read_documents(tuple(map(Path, config.data)))
+    if len(documents) == 1:
+        documents = cut_document(documents[0])
     train, validation = split_documents(documents, config.validation_fraction)
     tokenizer = given_tokenizer(config, vocab_size)
+    if tokenizer:
+        report_loss(tokenizer, config, [*train, *validation])
 
     def fill(directory: Path) -> None:
         used = tokenizer or train_tokenizer(train, vocab_size, config.end_of_document)
-        used.save(str(directory / "tokenizer.json"))
+        save_tokenizer(used, directory / "tokenizer.json")
         for name, documents in (("train", train), ("validation", validation)):
             tokens = pack(documents, used, config.end_of_document)
             np.save(directory / f"{name}.npy", tokens)
@@ -90,23 +112,26 @@ def read_documents(paths: tuple[Path, ...]) -> list[str]:
 
     Args:
         paths: text files, or directories read with all that is below them; none for
-            the standard library of this Python. A file named here has to be UTF-8; in
-            a directory, a file that is not is skipped, and so is an empty one.
+            the standard library of this Python. A file named here has to be UTF-8. Of
+            a directory, what is not UTF-8, empty, hidden or a data file is left out.
 
     Raises:
         InputError: for a path that cannot be read, or where no text is found.
     """
     documents: dict[str, None] = {}  # A set that keeps the order.
-    skipped = 0
+    skipped: list[Path] = []
     files = list(_files(paths) if paths else _standard_library())
     for file, named in tqdm(files, "Reading", unit="file", leave=False):
         text = _read(file, named)
         if text is None:
-            skipped += 1
+            skipped.append(file)
         elif text.strip():
             documents[text] = None
     if skipped:
-        print(f"Skipped {skipped} files that cannot be read as UTF-8 text.")
+        print(
+            f"Skipped {len(skipped)} files that cannot be read as UTF-8 text: "
+            f"{_listed(skipped)}."
+        )
     where = " ".join(map(str, paths)) or "the standard library, here without source"
     require(bool(documents), f"data: no text in {where}; give --data text files")
     return list(documents)
@@ -130,16 +155,111 @@ def _standard_library() -> Iterator[tuple[Path, bool]]:
             yield file, False
 
 
-def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, bool]]:
+def _files(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
     """Yields each file, and whether the user named it."""
-    for path in paths:
+    named = [path for path in paths if not path.is_dir()]
+    for path in named:
         require(path.exists(), f"data: there is no {path}")
+    _, data = _part_data_files(named)
+    require(
+        not data,
+        f"data: there are rows, not plain text, in {_listed(data)}; make a directory "
+        "with a file train.* and a file validation.*, and pass --data hf:DIRECTORY, "
+        f"{_OTHER_COLUMN}",
+    )
+    for path in paths:
         if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.is_file():
-                    yield file, False
+            for file in _files_below(path):
+                yield file, False
         else:
             yield path, True
+
+
+def _files_below(directory: Path) -> list[Path]:
+    """Lists the files of a directory that are neither hidden nor data files."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    hidden = [
+        file
+        for file in files
+        if any(part.startswith(".") for part in file.relative_to(directory).parts)
+    ]
+    if hidden:
+        print(f"Left out {len(hidden)} hidden files: {_listed(hidden)}.")
+    text, data = _part_data_files(sorted({*files} - {*hidden}))
+    if data:
+        require(
+            any(not _is_beside_data(file) for file in text),
+            f"data: there are rows, not plain text, in {_listed(data)}; pass --data "
+            f"hf:{directory}, {_OTHER_COLUMN}",
+        )
+        print(
+            f"Left out {len(data)} files that hold rows, not plain text: "
+            f"{_listed(data)}. To train on them instead, give them a directory of "
+            f"their own and pass --data hf:DIRECTORY, {_OTHER_COLUMN}."
+        )
+    return text
+
+
+def _part_data_files(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Parts files into those of text and those of data.
+
+    JSON is text, such as a program's settings, unless there is nothing else.
+    """
+    text = [file for file in files if not _DATA_FILE.search(file.name)]
+    if all(_is_json(file) for file in text):
+        text = []
+    return text, sorted({*files} - {*text})
+
+
+def _is_json(file: Path) -> bool:
+    return file.suffix.lower() == ".json"
+
+
+def _is_beside_data(file: Path) -> bool:
+    """Tells whether a file describes the data files with which it comes."""
+    return _is_json(file) or file.stem.lower() in ("readme", "license")
+
+
+def _listed(files: Sequence[Path], most: int = 3) -> str:
+    """Names the first of some files, and says how many more there are."""
+    names = ", ".join(map(str, files[:most]))
+    # A name need not be text, and could not be printed.
+    names = names.encode(errors="backslashreplace").decode()
+    return names + f" and {len(files) - most} more" * (len(files) > most)
+
+
+def cut_document(text: str) -> list[str]:
+    """Cuts a document into pieces, for a part of it to be validated on.
+
+    It is cut behind blank lines, where there are none behind the end of a line, and
+    where there is none anywhere.
+
+    Returns:
+        The pieces in order, without exact duplicates; only one where it is short.
+    """
+    length = max(_PIECE, len(text) // _PIECES)
+    pieces: dict[str, None] = {}  # A set that keeps the order.
+    start = 0
+    while len(text) - start >= 3 * length:
+        end = _place_to_cut(text, start + length, start + 2 * length)
+        pieces[text[start:end]] = None
+        start = end
+    pieces[text[start:]] = None
+    distinct = [piece for piece in pieces if piece.strip()]
+    if len(distinct) > 1:
+        print(
+            f"One document of {len(text):,} characters: cut into {len(distinct)} "
+            "different pieces, at blank lines where there are any, to train and to "
+            "validate on."
+        )
+    return distinct
+
+
+def _place_to_cut(text: str, start: int, stop: int) -> int:
+    """Finds the best place between two."""
+    if blank := _BLANK_LINES.search(text, start, stop):
+        return blank.end()
+    return text.find("\n", start, stop) + 1 or start
 
 
 def split_documents(
@@ -159,8 +279,9 @@ def split_documents(
     """
     require(
         len(documents) > 1,
-        "data: one document only, and validation takes whole documents; give two files "
-        "or more (`split -C 100k FILE part-` makes several of one)",
+        f"data: one document only, of {sum(map(len, documents)):,} characters (copies "
+        "do not count), and no other to validate on; give two files, or one of "
+        f"{3 * _PIECE:,} characters or more",
     )
     ordered = sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
     count = min(max(1, round(fraction * len(ordered))), len(ordered) - 1)

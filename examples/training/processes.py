@@ -1,18 +1,20 @@
 """What several processes do together: begin, agree on what they have, and end."""
 
 import hashlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from examples.llama.checks import InputError, require
-from examples.llama.data import Data
+from examples.training.checks import InputError, require
+from examples.training.task import Data
 
 
 @dataclass(frozen=True)
@@ -70,32 +72,48 @@ def together() -> Iterator[None]:
 
 
 def require_same_data(data: Data) -> None:
-    """Checks that all processes have the same text and the same tokenizer."""
+    """Checks that all processes have the same data."""
     if jax.process_count() == 1:
         return
-    text = data.fingerprint + data.tokenizer.to_str()
+    text = "".join([data.fingerprint, *data.files.values()])
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     digests = multihost_utils.process_allgather(digest)
     different = (digests != digests[0]).any(axis=1)
     require(
         not different.any(),
-        f"data: process {int(np.argmax(different))} has other text, or another "
-        "tokenizer, than process 0; give the same to all",
+        f"data: process {int(np.argmax(different))} has other data than process 0; "
+        "give the same to all",
     )
 
 
 @contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
-    """Gives the function that says, after a step, whether SIGTERM has come.
+    """Gives the function that says, after a step, whether to save and end.
 
-    With several processes it says so to all of them after the same step.
+    That is when SIGTERM has come, or Ctrl-C for the first time; the second Ctrl-C ends
+    the program at once. With several processes it says so to all of them after the same
+    step.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
     came = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        print("\nStopping after this step; Ctrl-C once more ends at once.", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers: dict[signal.Signals, Any] = {signal.SIGINT: interrupt}
+    several = jax.process_count() > 1
+    if not several:  # Else JAX has its own, which tells the others.
+        handlers[signal.SIGTERM] = lambda *_: came.set()
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     try:
-        yield lambda step: came.is_set()
+        yield (
+            multihost_utils.reached_preemption_sync_point
+            if several
+            else lambda step: came.is_set()
+        )
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

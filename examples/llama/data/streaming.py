@@ -8,7 +8,7 @@ import atexit
 import functools
 import threading
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,22 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from examples.llama.checks import InputError, reason, require
 from examples.llama.config import DataConfig
-from examples.llama.disk_cache import cached
-from examples.llama.tokenizer import (
+from examples.llama.data.cache import cached
+from examples.llama.data.tokenizer import (
     DOCUMENTS_AT_ONCE,
     encode,
     given_tokenizer,
     load_tokenizer,
+    report_loss,
+    save_tokenizer,
     train_tokenizer,
 )
+from examples.training.checks import InputError, reason, require
 
 _HUGGING_FACE = "hf:"
 _TOKENIZER_DOCUMENTS = 10_000
-"""Documents of a streamed dataset on which a tokenizer is trained."""
+"""Documents of a streamed dataset on which a tokenizer is trained, or tried."""
 
 
 def is_streamed(config: DataConfig) -> bool:
@@ -73,6 +75,11 @@ def _import_datasets() -> Any:
 
 def _open_dataset(source: str) -> Any:
     """Opens the dataset ``hf:NAME`` or ``hf:NAME:CONFIG``: its splits by name."""
+    require(
+        not Path(source.removeprefix(_HUGGING_FACE)).is_file(),
+        f"data: {source} is one file, and validation takes another; make a directory "
+        "with a file train.* and a file validation.*, and pass --data hf:DIRECTORY",
+    )
     datasets = _import_datasets()
     name, _, subset = source.removeprefix(_HUGGING_FACE).partition(":")
     try:
@@ -113,13 +120,13 @@ def _first_row(dataset: Any, source: str) -> Any:
 def stream_tokenizer(train: Any, config: DataConfig, vocab_size: int) -> Tokenizer:
     """Loads the tokenizer, or trains one on the first documents, or takes that one."""
     if tokenizer := given_tokenizer(config, vocab_size):
+        report_loss(tokenizer, config, _first_documents(train, config))
         return tokenizer
 
     def fill(directory: Path) -> None:
-        texts = islice(_texts(train, config.text_column), _TOKENIZER_DOCUMENTS)
-        documents = list(tqdm(texts, "Reading", unit="document", leave=False))
+        documents = list(_first_documents(train, config))
         tokenizer = train_tokenizer(documents, vocab_size, config.end_of_document)
-        tokenizer.save(str(directory / "tokenizer.json"))
+        save_tokenizer(tokenizer, directory / "tokenizer.json")
 
     (source,) = config.data
     directory = Path(source.removeprefix(_HUGGING_FACE))
@@ -133,6 +140,17 @@ def stream_tokenizer(train: Any, config: DataConfig, vocab_size: int) -> Tokeniz
     ]
     directory = cached(config.cache_dir, key, fill)
     return load_tokenizer(str(directory / "tokenizer.json"))
+
+
+def _first_documents(dataset: Any, config: DataConfig) -> Iterator[str]:
+    """Yields the documents that say what a tokenizer has to write."""
+    texts = islice(_texts(dataset, config.text_column), _TOKENIZER_DOCUMENTS)
+    try:
+        yield from tqdm(texts, "Reading", unit="document", leave=False)
+    except Exception as error:  # The packages below raise errors of many kinds.
+        raise InputError(
+            f"data: cannot read {config.data[0]} ({reason(error)})"
+        ) from error
 
 
 def _texts(dataset: Any, column: str) -> Generator[str, None, None]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from examples.llama.checks import InputError, make_directory
+from examples.training.checks import InputError, make_directory, reason
 
 _CACHE_VERSION = 2
 
@@ -23,7 +23,8 @@ def cached(cache_dir: Path, key: list[Any], fill: Callable[[Path], None]) -> Pat
         cache_dir: where all such directories are.
         key: all that the content depends on, as JSON can write it. The version of the
             package ``tokenizers`` is added.
-        fill: writes the content into a directory that it is given.
+        fill: writes the content into a directory that it is given. An ``OSError`` of
+            its is taken for one of writing.
 
     Raises:
         InputError: where the directory cannot be made.
@@ -36,17 +37,25 @@ def cached(cache_dir: Path, key: list[Any], fill: Callable[[Path], None]) -> Pat
     make_directory("cache_dir", directory.parent)
     try:
         partial = Path(tempfile.mkdtemp(dir=directory.parent))
-    except OSError as error:
-        raise InputError(
-            f"cache_dir: cannot write to {directory.parent} ({error.strerror})"
-        ) from error
-    try:
-        fill(partial)
         try:
-            os.rename(partial, directory)
-        except OSError:
-            if not directory.exists():  # Else another process wrote the same meanwhile.
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            fill(partial)
+            _rename(partial, directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        # NumPy says how much it could not write, and gives no number.
+        raise InputError(
+            f"cache_dir: cannot write to {directory.parent} "
+            f"({error.strerror or reason(error)}); make room there, or choose another "
+            "--cache-dir"
+        ) from error
     return directory
+
+
+def _rename(partial: Path, directory: Path) -> None:
+    """Renames a directory, unless another process wrote the same meanwhile."""
+    try:
+        os.rename(partial, directory)
+    except OSError:
+        if not directory.exists():
+            raise

@@ -5,39 +5,24 @@ has a state from which another goes on exactly where it was.
 """
 
 import hashlib
-from dataclasses import dataclass
 
-import grain
-import numpy as np
-from tokenizers import Tokenizer
-
-from examples.llama.checks import require
 from examples.llama.config import DataConfig
-from examples.llama.streaming import (
+from examples.llama.data.streaming import (
     first_batches,
     is_streamed,
     open_splits,
     stream_batches,
     stream_tokenizer,
 )
-from examples.llama.text_files import load_corpus, train_batches, validation_batches
+from examples.llama.data.text_files import (
+    load_corpus,
+    train_batches,
+    validation_batches,
+)
+from examples.training.task import Data
 
-
-@dataclass(frozen=True)
-class Data:
-    """What a process trains and validates on."""
-
-    tokenizer: Tokenizer
-    train: grain.IterDataset[np.ndarray]
-    """This process's rows of each batch, without end: integers,
-    ``[batch_size / process_count, sequence_length + 1]``."""
-    validation: np.ndarray
-    """Its rows of the validation batches: integers, ``[validation_batches,
-    batch_size / process_count, sequence_length + 1]``."""
-    fingerprint: str
-    """Hash of the corpus, the same on all processes: of text files, of all documents,
-    and of a Hugging Face dataset, which is never read whole, of the tokens of all
-    validation batches."""
+TOKENIZER_NAME = "tokenizer.json"
+"""The file that keeps the tokenizer of a run."""
 
 
 def load_data(
@@ -62,12 +47,12 @@ def load_data(
 
     Raises:
         InputError: for data or a tokenizer that cannot be had or do not fit.
+
+    Returns:
+        Batches of tokens, ``[batch_size / process_count, sequence_length + 1]``, and a
+        fingerprint: of text files, a hash of all documents, and of a dataset, which is
+        never read whole, one of the tokens of all validation batches.
     """
-    require(
-        config.batch_size % process_count == 0,
-        f"batch_size ({config.batch_size}) does not divide among {process_count} "
-        "processes: choose a multiple of their number",
-    )
     load = _load_stream if is_streamed(config) else _load_text_files
     return load(config, vocab_size, seed, process_index, process_count)
 
@@ -82,10 +67,10 @@ def _load_text_files(
     """Loads text files."""
     corpus = load_corpus(config, vocab_size)
     data = Data(
-        corpus.tokenizer,
         train_batches(corpus, config, seed, process_index, process_count),
         validation_batches(corpus, config)[:, process_index::process_count],
         corpus.fingerprint,
+        {TOKENIZER_NAME: corpus.tokenizer.to_str(pretty=True)},
     )
     if process_index == 0:
         train, validation = corpus.documents
@@ -112,10 +97,10 @@ def _load_stream(
     )
     whole = first_batches(validation, tokenizer, config)
     data = Data(
-        tokenizer,
         batches,
         whole[:, process_index::process_count],
         hashlib.sha256(whole.tobytes()).hexdigest(),
+        {TOKENIZER_NAME: tokenizer.to_str(pretty=True)},
     )
     if process_index == 0:
         same = config.validation_split == config.train_split

@@ -1,18 +1,26 @@
 """Tokenizers: trained here or given, their check, and documents turned into tokens."""
 
 import functools
+import json
 import sys
+import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from examples.llama.checks import InputError, reason, require
 from examples.llama.config import BYTES, END_OF_DOCUMENT, DataConfig
+from examples.training.checks import InputError, reason, require
 
 DOCUMENTS_AT_ONCE = 32
 """How many documents to give to ``encode`` where there are many."""
+
+_SAMPLE = 1_000_000
+"""Characters on which a given tokenizer is tried."""
+_MOST_LOST = 0.5
+"""Share of them that it may lose."""
 
 
 def train_tokenizer(
@@ -74,6 +82,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
+    """Writes a tokenizer. Its own method hides that an error is an ``OSError``."""
+    file.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
 def given_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer | None:
     """Loads the tokenizer that the configuration names, if it names one.
 
@@ -132,10 +145,109 @@ def encode(
     size = text_size(tokenizer, end_of_document)
     dtype = np.uint16 if size <= 2**16 else np.uint32
     parts = []
-    for encoding in tokenizer.encode_batch_fast(documents, add_special_tokens=False):
+    for encoding in _encode_batch(tokenizer.encode_batch_fast, documents):
         ids: np.ndarray = np.array(encoding.ids, np.int64)
         # Some models, as T5's, have the special tokens among their own pieces, and find
         # them in the text. A document does not end itself.
         is_text = (ids != end) & (ids < size)
         parts.append(np.append(ids[is_text], end).astype(dtype))
     return np.concatenate(parts)
+
+
+def _encode_batch(method: Callable[..., list[Any]], documents: list[str]) -> list[Any]:
+    """Tokenizes documents, each by itself, with a method of a tokenizer."""
+    try:
+        return method(documents, add_special_tokens=False)
+    except Exception as error:  # The package has no narrower one.
+        raise InputError(
+            f"tokenizer: it cannot tokenize the text ({reason(error)}); give one that "
+            "has an unknown token or bytes, or leave --tokenizer out to train one"
+        ) from error
+
+
+def report_loss(
+    tokenizer: Tokenizer, config: DataConfig, documents: Iterable[str]
+) -> None:
+    """Says what share of the text a given tokenizer loses, if it loses any.
+
+    A character is lost where no token stands for it but the unknown one, or none at
+    all. White space does not count.
+
+    Args:
+        tokenizer: the tokenizer.
+        config: the configuration that names it.
+        documents: the text, of which the beginning is tried.
+
+    Raises:
+        InputError: where most of the text is lost, or cannot be tokenized.
+    """
+    texts: list[str] = []
+    room = _SAMPLE
+    for text in documents:
+        texts.append(text[:room])
+        room -= len(texts[-1])
+        if not room:
+            break
+    if tokenizer.normalizer:
+        # Else accents that it composes with their letters seem to be left out.
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
+    marking, lost_ids = _mark_lost(tokenizer, config.end_of_document)
+    lost = total = 0
+    encodings = _encode_batch(marking.encode_batch, texts)
+    for text, encoding in zip(texts, encodings, strict=True):
+        counted = np.array([not character.isspace() for character in text], bool)
+        lost += int((counted & ~_kept(len(text), encoding, lost_ids)).sum())
+        total += int(counted.sum())
+    share = lost / max(total, 1)
+    message = (
+        f"{config.tokenizer} has no token for {lost:,} of the first {total:,} "
+        f"characters of the text ({share:.2%}), which are lost"
+    )
+    require(
+        share <= _MOST_LOST,
+        f"tokenizer: {message}; give one made for such text, or leave --tokenizer out "
+        "to train one",
+    )
+    if lost:
+        print(f"Warning: the tokenizer {message}.", flush=True)
+
+
+def _kept(length: int, encoding: Any, lost_ids: list[int]) -> np.ndarray:
+    """Tells of each character whether a token stands for it, and no lost one."""
+    kept = np.zeros(length, bool)
+    spans: np.ndarray = np.array(encoding.offsets, int).reshape(-1, 2)
+    is_lost = np.isin(encoding.ids, lost_ids)
+    for start, stop in spans[~is_lost]:
+        kept[start:stop] = True
+    # Last, as a space put before a word is said to stand for its first character.
+    for start, stop in spans[is_lost]:
+        kept[start:stop] = False
+    return kept
+
+
+def _mark_lost(
+    tokenizer: Tokenizer, end_of_document: str
+) -> tuple[Tokenizer, list[int]]:
+    """Returns a tokenizer that has tokens for what the given one loses, and their ids.
+
+    A BPE without an unknown token leaves out what it does not know, and the places that
+    it gives for what comes behind are wrong: it gets one.
+    """
+    written = json.loads(tokenizer.to_str())
+    model: Any = written["model"]
+    if model["type"] == "Unigram":
+        index = model["unk_id"]
+        unknown = "" if index is None else model["vocab"][index][0]
+    else:
+        unknown = model["unk_token"] or ""
+    marking = tokenizer
+    if model["type"] == "BPE" and not unknown:
+        unknown = model["unk_token"] = "<no token of the tokenizer>"
+        model["vocab"][unknown] = max(tokenizer.get_vocab().values()) + 1
+        marking = Tokenizer.from_str(json.dumps(written))
+        marking.encode_special_tokens = True
+    # ``encode`` drops these.
+    size = text_size(tokenizer, end_of_document)
+    dropped = [token for token, i in tokenizer.get_vocab().items() if i >= size]
+    ids = map(marking.token_to_id, [unknown, end_of_document, *dropped])
+    return marking, [i for i in ids if i is not None]

@@ -1,0 +1,187 @@
+"""The Llama as a task, and the recipes that it is trained by."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from examples.llama.config import MODELS, DataConfig, ModelConfig
+from examples.llama.data.load import load_data
+from examples.llama.model import Llama, flops_per_token, make_graphdef
+from examples.training.command_line import Experiment
+from examples.training.config import TrainConfig
+from examples.training.optimizers import OptimizerConfig
+from examples.training.task import Data, Params
+
+
+def perplexity(loss: float) -> float:
+    """Returns the exponential of a loss in nats."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class LlamaTask:
+    """Predict the next token."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    name: ClassVar[str] = "llama"
+    unit: ClassVar[str] = "tokens"
+    metrics: ClassVar[Mapping[str, Callable[[float], float]]] = {
+        "perplexity": perplexity
+    }
+    # Heads, the features inside the feed-forward layer and the vocabulary are split
+    # over tensor.
+    layout: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
+        "embedding": ("tensor", "fsdp"),  # [V, D]
+        "query": ("fsdp", "tensor"),  # [D, N H]
+        "key": ("fsdp", "tensor"),  # [D, K H]
+        "value": ("fsdp", "tensor"),  # [D, K H]
+        "output": ("tensor", "fsdp"),  # [N H, D]
+        "gate": ("fsdp", "tensor"),  # [D, F]
+        "up": ("fsdp", "tensor"),  # [D, F]
+        "down": ("tensor", "fsdp"),  # [F, D]
+        "logits": ("fsdp", "tensor"),  # [D, V]
+    }
+    not_decayed: ClassVar[frozenset[str]] = frozenset({"scale", "embedding"})
+    free: ClassVar[frozenset[str]] = frozenset({"cache_dir", "unroll"})
+
+    @property
+    def batch_size(self) -> int:
+        """Windows in a step."""
+        return self.data.batch_size
+
+    @property
+    def validation_batches(self) -> int:
+        """Batches on which the validation loss is measured."""
+        return self.data.validation_batches
+
+    @property
+    def units(self) -> int:
+        """Tokens in a step."""
+        return self.data.batch_size * self.data.sequence_length
+
+    @property
+    def layers(self) -> Mapping[str, int]:
+        """The blocks are stacked."""
+        return {"blocks": self.model.num_layers}
+
+    @property
+    def divided(self) -> Mapping[str, Mapping[str, int]]:
+        """What each axis of the mesh has to divide."""
+        names = "num_heads", "num_kv_heads", "intermediate_size", "vocab_size"
+        return {
+            "fsdp": {"hidden_size": self.model.hidden_size},
+            "tensor": {name: getattr(self.model, name) for name in names},
+        }
+
+    def describe(self) -> str:
+        """Says what a step sees."""
+        return f"{self.data.batch_size} x {self.data.sequence_length} tokens"
+
+    def default_learning_rate(self, optimizer: str) -> float | None:
+        """Returns the best of a sweep of the tiny model, for models no wider."""
+        if self.model.hidden_size > MODELS["tiny"].hidden_size:
+            return None
+        return {"adamw": 2e-3, "lion": 5e-4}.get(optimizer)
+
+    def init(self, seed: int) -> Params:
+        """Draws the initial weights."""
+        return nnx.to_pure_dict(nnx.state(Llama(self.model, nnx.Rngs(seed)), nnx.Param))
+
+    def loss(self, params: Params, batch: jax.Array) -> jax.Array:
+        """Computes the mean cross-entropy of the next token.
+
+        Args:
+            params: the weights.
+            batch: windows of tokens, ``[B, T + 1]``.
+
+        Returns:
+            A float32 scalar, in nats.
+        """
+        tokens = batch.astype(jnp.int32)
+        graphdef = make_graphdef(self.model)
+        logits = nnx.merge(graphdef, params)(tokens[:, :-1])  # [B, T, V]
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+            logits, tokens[:, 1:]
+        )
+        return losses.mean()
+
+    def load(self, seed: int, process: int, processes: int) -> Data:
+        """Loads text files, or a Hugging Face dataset."""
+        return load_data(self.data, self.model.vocab_size, seed, process, processes)
+
+    def batch_like(self) -> jax.ShapeDtypeStruct:
+        """Returns the shape and dtype of a batch."""
+        shape = self.data.batch_size, self.data.sequence_length + 1
+        is_small = self.model.vocab_size <= 2**16
+        return jax.ShapeDtypeStruct(shape, np.uint16 if is_small else np.uint32)
+
+    def flops(self) -> float:
+        """Counts the operations of a step, as in PaLM."""
+        return self.units * flops_per_token(self.model, self.data.sequence_length)
+
+    def unrolled(self, layers: Mapping[str, int]) -> Self:
+        """Sets the blocks in each iteration of the loop over them."""
+        return replace(self, model=replace(self.model, unroll=layers["blocks"]))
+
+
+def with_model(config: TrainConfig[LlamaTask], name: str) -> TrainConfig[LlamaTask]:
+    """Sets the architecture, and the length of the sequences that goes with it."""
+    length = {"tiny": 128, "7b": 2048}.get(name, 1024)
+    data = replace(config.task.data, sequence_length=length)
+    return replace(config, task=LlamaTask(MODELS[name], data))
+
+
+_C4 = DataConfig(
+    data=("hf:allenai/c4:en",),
+    tokenizer="t5-base",
+    end_of_document="</s>",
+    batch_size=512,
+    validation_batches=4,
+)
+PRESETS: dict[str, TrainConfig[LlamaTask]] = {
+    "demo": TrainConfig(LlamaTask()),
+    "c-optim": with_model(
+        TrainConfig(
+            LlamaTask(data=_C4),
+            OptimizerConfig(b1=0.9, b2=0.999),
+            steps=10_000,
+            log_every=10,
+            eval_every=500,
+            checkpoint_every=500,
+        ),
+        "60m",
+    ),
+    # 24 000 steps of 2048 x 1024 tokens are 50 billion.
+    "paper": with_model(
+        TrainConfig(
+            LlamaTask(data=replace(_C4, batch_size=2048, validation_batches=1)),
+            OptimizerConfig(b1=0.9, b2=0.95, weight_decay=0.1),
+            steps=24_000,
+            log_every=10,
+            eval_every=500,
+            checkpoint_every=500,
+        ),
+        "100m",
+    ),
+}
+
+EXPERIMENT = Experiment(
+    LlamaTask,
+    PRESETS,
+    "demo: a tiny model on the source of the Python standard library. c-optim: the "
+    "command in the README of the paper's code, also its first version: 60m on C4, "
+    "10 000 steps of 512 x 1024 tokens, b2 0.999, no decay. paper: its Table 1 from "
+    "the second version on: 100m, 50 billion tokens, 2 million a step, b2 0.95, decay "
+    "0.1; for Lion give --b1 0.95 --b2 0.98.",
+    MODELS,
+    with_model,
+)

@@ -1,0 +1,218 @@
+"""The comparison: each optimizer with and without caution, over any settings.
+
+All train the same model on the same data; with the same seed, from the same weights and
+in the same order. A comparison that was interrupted goes on when the same command is
+given again.
+"""
+
+import itertools
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from examples.training import log, report
+from examples.training.checks import InputError, make_directory, require
+from examples.training.config import TrainConfig, settings, with_settings
+from examples.training.loop import is_over, load_run_data, training
+from examples.training.optimizers import RULE, OptimizerName
+from examples.training.processes import preemption
+from examples.training.report import Run, Side, write_point
+
+_OF_CAUTION = {*RULE, "exempt"}
+_OWN_OPTIONS = {"optimizer": "--optimizers", "caution": None, "seed": "--seeds"}
+
+
+def parse_sweep(sweep: Sequence[str]) -> dict[str, list[str]]:
+    """Reads what to sweep, as in ``learning_rate=1e-3,2e-3``.
+
+    Raises:
+        InputError: for what cannot be read so.
+    """
+    values: dict[str, list[str]] = {}
+    for text in sweep:
+        name, equals, listed = text.partition("=")
+        name = name.strip().lstrip("-").replace("-", "_")
+        found = [value.strip() for value in listed.split(",")]
+        if not equals or not all(found):
+            raise InputError(
+                f"sweep: cannot read {text!r}; write a setting and its values, as in "
+                "learning_rate=1e-3,2e-3"
+            )
+        require(name not in values, f"sweep: {name} is there twice")
+        require(len(set(found)) == len(found), f"sweep: {name} has a value twice")
+        if name in _OWN_OPTIONS:
+            raise InputError(
+                f"sweep: {name} is not swept; "
+                + (
+                    f"give {_OWN_OPTIONS[name]}"
+                    if _OWN_OPTIONS[name]
+                    else "each optimizer is trained with it and without"
+                )
+            )
+        values[name] = found
+    return values
+
+
+def plan(
+    optimizers: Sequence[str],
+    sweep: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    config: TrainConfig[Any],
+) -> dict[Run, TrainConfig[Any]]:
+    """Lists the runs of a comparison, of each optimizer with and without caution.
+
+    Args:
+        optimizers: names.
+        sweep: settings, each with its values as text. What sets caution is swept with
+            caution only.
+        seeds: those to train each with.
+        config: all the rest.
+
+    Raises:
+        InputError: for a name, a value or a seed that no run can have.
+    """
+    for name, values in (("optimizers", optimizers), ("seeds", seeds)):
+        require(bool(values), f"{name}: give at least one")
+        require(len(set(values)) == len(values), f"{name}: one of them is there twice")
+    runs: dict[Run, TrainConfig[Any]] = {}
+    for seed in seeds:
+        for chosen in itertools.product(*sweep.values()):
+            point = dict(zip(sweep, chosen, strict=True))
+            for name, caution in itertools.product(optimizers, (False, True)):
+                optimizer = replace(config.optimizer, optimizer=name, caution=True)
+                run_config = replace(config, optimizer=optimizer, seed=seed)
+                run_config = with_settings(run_config, point)
+                if not caution:
+                    alone = run_config.optimizer.without_caution()
+                    run_config = replace(run_config, optimizer=alone)
+                own = {"learning_rate": f"{run_config.learning_rate:g}"}
+                own |= {
+                    setting: value
+                    for setting, value in point.items()
+                    if setting != "learning_rate"
+                    and (caution or setting not in _OF_CAUTION)
+                }
+                run = Run(Side(name, caution), tuple(own.items()), seed)
+                runs.setdefault(run, run_config)
+    return runs
+
+
+def run_all(
+    runs: dict[Run, TrainConfig[Any]],
+    swept: Sequence[str],
+    output_dir: Path,
+    together: bool,
+) -> bool:
+    """Trains all that are not trained yet.
+
+    Args:
+        runs: what to train.
+        swept: the settings in which they differ.
+        output_dir: where each run has its directory.
+        together: the optimizers of one seed and point take turns, from one writing of
+            the log to the next, so that whatever else the machine does slows all of
+            them alike. Their models are in memory at the same time.
+
+    Returns:
+        Whether all have come to their ends; not so where a signal has come.
+    """
+    groups: dict[tuple[object, ...], list[Run]] = {}
+    for run, config in runs.items():
+        values = settings(config)
+        point = [values[name] for name in swept if name not in _OF_CAUTION]
+        key = (run.seed, *map(str, point)) if together else (run,)
+        groups.setdefault(key, []).append(run)
+    total = sum(config.steps for config in runs.values())
+    bar: tqdm[Any] = tqdm(total=total, desc="Compiling", unit="step")
+    with bar, preemption() as stop:
+        done = 0
+        for group in groups.values():
+            ends = _take_turns(group, runs, output_dir, stop, bar, done)
+            if not all(is_over([end], runs[run].steps) for run, end in ends.items()):
+                return False
+            done += sum(runs[run].steps for run in group)
+    return True
+
+
+def _take_turns(
+    group: Sequence[Run],
+    runs: dict[Run, TrainConfig[Any]],
+    output_dir: Path,
+    stop: Callable[[int], bool],
+    bar: "tqdm[Any]",
+    done: int,
+) -> dict[Run, log.Record]:
+    """Trains some runs, and returns the last record of each."""
+    data = None
+    trainings: dict[Run, Generator[list[log.Record]]] = {}
+    for run in group:
+        directory = output_dir / run.name
+        if data is None and not is_over(log.read(directory), runs[run].steps):
+            data = load_run_data(runs[run])
+        trainings[run] = training(runs[run], directory, data, stop)
+    ends: dict[Run, log.Record] = {}
+    with ExitStack() as stack:
+        for iterator in trainings.values():
+            stack.callback(iterator.close)
+        while trainings:
+            for run, iterator in list(trainings.items()):
+                records = next(iterator, None)
+                if records is None:
+                    del trainings[run]
+                    continue
+                ends[run] = records[-1]
+                losses = [f"{r.side.title} {e['loss']:.3f}" for r, e in ends.items()]
+                where = f"{write_point(run.point)}, seed {run.seed}"
+                bar.set_description(where, refresh=False)
+                bar.set_postfix_str("loss: " + ", ".join(losses), refresh=False)
+                bar.update(done + sum(e["step"] for e in ends.values()) - bar.n)
+    for run, end in ends.items():
+        if end.get("diverged"):
+            tqdm.write(
+                f"{run.side.title} diverged at {write_point(run.point)}, seed "
+                f"{run.seed}: its loss is not finite at step {end['step']}."
+            )
+    return ends
+
+
+def compare(
+    optimizers: tuple[OptimizerName, ...] | None = None,
+    sweep: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (0,),
+    output_dir: Path | None = None,
+    together: bool = True,
+    *,
+    config: TrainConfig[Any],
+) -> None:
+    """Train with optimizers, each with and without caution, and compare them.
+
+    Args:
+        optimizers: those to train with. Not given: that of --optimizer.
+        sweep: settings and their values, as in learning_rate=1e-3,2e-3 b1=0.9,0.98; all
+            combinations are trained. What sets caution is swept with caution only.
+        seeds: train each with each of these, of weights and data.
+        output_dir: where each run has its directory, and report.md, report.csv,
+            report.png and aligned.png are written. Not given: a directory of outputs/.
+        together: the optimizers of one point and seed take turns, so that their times
+            can be compared; all are in memory at once.
+        config: all the rest.
+    """
+    optimizers = optimizers or (config.optimizer.optimizer,)
+    output_dir = output_dir or Path("outputs") / config.task.name / "comparison"
+    swept = parse_sweep(sweep)
+    runs = plan(optimizers, swept, seeds, config)
+    make_directory("output_dir", output_dir)
+    if "learning_rate" not in swept:
+        rates = {f"{c.learning_rate:g} for {run.side.title}" for run, c in runs.items()}
+        print(f"Learning rates: {', '.join(sorted(rates))}.")
+    if not run_all(runs, list(swept), output_dir, together):
+        print("Stopped: the same command goes on.")
+        return
+    histories = [report.read_history(run, output_dir / run.name) for run in runs]
+    text = report.write(histories, config, output_dir)
+    print(f"\n{text}")
+    print(f"Written to {output_dir}: report.md, report.csv, report.png, aligned.png")

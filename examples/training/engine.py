@@ -1,0 +1,184 @@
+"""What runs on the devices: the first state, and the programs lowered and compiled."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from examples.training.checks import require
+from examples.training.config import TrainConfig
+from examples.training.optimizers import make_optimizer, make_schedule
+from examples.training.sharding import BATCH, make_mesh, shardings
+from examples.training.step import (
+    TrainState,
+    by_name,
+    init_state,
+    make_aligned_fraction,
+    make_evaluate,
+    make_train_step,
+)
+from examples.training.task import Batch, Params
+
+
+class Programs(NamedTuple):
+    """What runs on the devices, lowered or compiled."""
+
+    train_step: Any
+    evaluate: Any
+    aligned_fraction: Any
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A run's task, optimizer and mesh: what belongs together in all that is computed.
+
+    The devices of the mesh need not be here to lower the programs.
+    """
+
+    config: TrainConfig[Any]
+    tx: optax.GradientTransformation
+    mesh: Mesh
+
+    @cached_property
+    def state_like(self) -> TrainState:
+        """The shapes, dtypes and shardings of the state."""
+        like = jax.eval_shape(self._init)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding
+            ),
+            like,
+            shardings(like, self.config.task, self.mesh),
+        )
+
+    @property
+    def batch_like(self) -> Batch:
+        """The shapes, dtypes and shardings of a batch."""
+        sharding = NamedSharding(self.mesh, P(BATCH))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            self.config.task.batch_like(),
+        )
+
+    def make_state(self, params: Params | None = None) -> TrainState:
+        """Makes the state that a run begins with, each part of it on its device.
+
+        Args:
+            params: the weights to begin with, in the host's memory; drawn unless given.
+        """
+        if params is None:
+            return jax.jit(self._init, out_shardings=self._layout)()
+        layout = self._layout
+        params = jax.tree.map(
+            lambda x, sharding: jax.make_array_from_callback(
+                x.shape, sharding, x.__getitem__
+            ),
+            params,
+            layout.params,
+        )
+        init = jax.jit(self.tx.init, out_shardings=layout.opt_state)
+        return TrainState(params, init(params))
+
+    def put_batch(self, rows: Batch) -> Batch:
+        """Makes one batch, split over the mesh, of the rows that each process has."""
+        return self._put(rows, P(BATCH))
+
+    def put_validation(self, rows: Batch) -> Batch:
+        """Does so with all validation batches, ``[batches, rows, ...]``."""
+        return self._put(rows, P(None, BATCH))
+
+    def lower_train_step(self, batch: Batch) -> jax.stages.Lowered:
+        """Lowers the training step.
+
+        Args:
+            batch: arrays, or their shapes, dtypes and shardings.
+        """
+        step = make_train_step(self.config.task, self.tx, self.config.accumulate)
+        everywhere = NamedSharding(self.mesh, P())
+        with jax.set_mesh(self.mesh):
+            return jax.jit(
+                step, donate_argnums=0, out_shardings=(self._layout, everywhere)
+            ).lower(self.state_like, batch)
+
+    def lower(self, batch: Batch, validation: Batch) -> Programs:
+        """Lowers all that a run computes.
+
+        Args:
+            batch: arrays, or their shapes, dtypes and shardings.
+            validation: likewise, all batches to evaluate on.
+        """
+        task, parts = self.config.task, self.config.accumulate
+        evaluate = make_evaluate(task, parts)
+        aligned_fraction = make_aligned_fraction(task, _undecayed(self.config), parts)
+        like = self.state_like
+        with jax.set_mesh(self.mesh):
+            return Programs(
+                train_step=self.lower_train_step(batch),
+                evaluate=jax.jit(evaluate).lower(like.params, validation),
+                aligned_fraction=jax.jit(aligned_fraction).lower(like, batch),
+            )
+
+    def compile(self, batch: Batch, validation: Batch) -> Programs:
+        """Compiles all, ahead of the loop and off its clock."""
+        return Programs(*[p.compile() for p in self.lower(batch, validation)])
+
+    @property
+    def _layout(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
+
+    def _init(self) -> TrainState:
+        return init_state(self.config.task, self.tx, self.config.seed)
+
+    def _put(self, rows: Batch, spec: P) -> Batch:
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, x), rows
+        )
+
+
+def make_engine(config: TrainConfig[Any], devices: Any = None) -> Engine:
+    """Makes what a run computes with.
+
+    Args:
+        config: the run.
+        devices: those to choose from; all there are unless given.
+
+    Raises:
+        InputError: for settings that do not fit each other or the devices.
+    """
+    if config.optimizer.exempt:
+        _require_parameters(config)
+    return Engine(config, _make_tx(config), make_mesh(config, devices))
+
+
+def _require_parameters(config: TrainConfig[Any]) -> None:
+    """Checks that there are parameters by the names that are exempt from caution."""
+    names = by_name(jax.eval_shape(lambda: config.task.init(0)))
+    known = {part for name in names for part in name.split(".")}
+    for name in config.optimizer.exempt:
+        require(
+            name in known,
+            f"exempt: there is no parameter {name!r}; choose among "
+            f"{', '.join(sorted(known))}",
+        )
+
+
+def _make_tx(config: TrainConfig[Any]) -> optax.GradientTransformation:
+    schedule = make_schedule(config.optimizer, config.learning_rate, config.steps)
+    task = config.task
+    return make_optimizer(config.optimizer, schedule, task.layers, task.not_decayed)
+
+
+def _undecayed(config: TrainConfig[Any]) -> optax.GradientTransformation:
+    """Makes the optimizer, with the same state, for the signs of its update.
+
+    Decay does not come from the gradient, and a learning rate of zero leaves no sign.
+    """
+    optimizer = replace(
+        config.optimizer, weight_decay=0.0, schedule="constant", warmup_fraction=0.0
+    )
+    return _make_tx(replace(config, optimizer=optimizer))

@@ -1,0 +1,246 @@
+"""The directory of a run, and whether the run can go on there.
+
+It holds the configuration, what the data keep beside a run, a hash of the data, the log
+and the checkpoints. Of a run that has not taken a step, nothing is left there.
+"""
+
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import jax
+from tqdm import tqdm
+
+from examples.training import log
+from examples.training.checkpoint import CHECKPOINTS_NAME, saved_steps
+from examples.training.checks import (
+    InputError,
+    human_size,
+    make_directory,
+    reason,
+    require,
+)
+from examples.training.config import TrainConfig, from_json, identity, to_json
+from examples.training.optimizers import shared_steps
+from examples.training.task import Data
+
+CONFIG_NAME = "config.json"
+DATA_NAME = "data.sha256"
+LOCK_NAME = "run.lock"
+
+VISIBLE_SECONDS = 60
+"""After which a network's file system shows to all what one process has written."""
+
+
+class Opened(NamedTuple):
+    """What a run's directory holds at the start."""
+
+    records: list[log.Record]
+    """The log so far."""
+    limit: int | None = None
+    """The last step that a longer schedule shares with the one so far."""
+
+
+@contextmanager
+def occupied(run_dir: Path) -> Iterator[None]:
+    """Keeps other programs out of a run's directory.
+
+    The system lets go of the lock when the program ends, however it does.
+
+    Raises:
+        InputError: where another program trains there.
+    """
+    make_directory("run_dir", run_dir)
+    lock = filelock.FileLock(run_dir / LOCK_NAME, thread_local=False)
+    locks = jax.process_index() == 0
+    if locks:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise InputError(
+                f"run_dir: another program trains in {run_dir}; wait for it, or choose "
+                "another --run-dir"
+            ) from error
+        except (NotImplementedError, OSError) as error:
+            print(f"Cannot lock {run_dir} ({reason(error)}): start one program there.")
+    before = set(run_dir.iterdir())
+    try:
+        yield
+    finally:
+        if locks:
+            if not has_begun(run_dir):
+                _remove(set(run_dir.iterdir()) - before)
+            (run_dir / LOCK_NAME).unlink(missing_ok=True)
+            lock.release()
+        if run_dir.is_dir() and not any(run_dir.iterdir()):
+            run_dir.rmdir()
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Says whether a run has taken a step."""
+    return bool(log.read(run_dir)) or bool(saved_steps(run_dir / CHECKPOINTS_NAME))
+
+
+def open_run(config: TrainConfig[Any], run_dir: Path) -> Opened:
+    """Reads the log of the run that is in a directory, if one is.
+
+    Raises:
+        InputError: for a directory with other files, or a run that cannot go on with
+            these settings.
+    """
+    path = run_dir / CONFIG_NAME
+    if not path.exists():
+        strange = [
+            file.name
+            for file in run_dir.iterdir()
+            if file.suffix != ".partial" and file.name != LOCK_NAME
+        ]
+        require(
+            jax.process_index() != 0 or not strange,
+            f"run_dir: {run_dir} is not empty and holds no run; choose another",
+        )
+        return Opened([])
+    if not has_begun(run_dir):
+        return Opened([])
+    text = path.read_text("utf-8")
+    before = from_json(text, str(path), type(config.task))
+    there, here = identity(before), identity(config)
+    different = sorted(name for name in here if here[name] != there.get(name))
+    records = log.read(run_dir)
+    if different == ["steps"]:
+        return Opened(records, _shared_steps(config, before, records, run_dir))
+    require(
+        not different,
+        f"run_dir: {run_dir} holds a run with other settings ({', '.join(different)}); "
+        "choose another --run-dir",
+    )
+    return Opened(records)
+
+
+def _shared_steps(
+    config: TrainConfig[Any],
+    before: TrainConfig[Any],
+    records: list[log.Record],
+    run_dir: Path,
+) -> int:
+    """Returns the last step that two lengths of a run share.
+
+    Raises:
+        InputError: where they share too little.
+    """
+    limit = shared_steps(before.optimizer, before.steps)
+    if limit is None:
+        raise InputError(
+            f"steps: the run in {run_dir} is one of {before.steps} steps, and its "
+            f"learning rate ({before.optimizer.schedule}) ends there. To train on, "
+            f"start a new run from its weights: --from {run_dir} --run-dir ANOTHER "
+            f"--steps {config.steps}; or choose --schedule constant or "
+            "warmup-stable-decay for runs that can be made longer"
+        )
+    taken = min(limit, len(records))
+    require(
+        config.steps >= taken,
+        f"steps: the run in {run_dir} has taken {taken} steps already; give as many "
+        "or more",
+    )
+    steps = [s for s in saved_steps(run_dir / CHECKPOINTS_NAME) if s <= limit]
+    warmup = int(config.optimizer.warmup_fraction * config.steps)
+    require(
+        bool(steps) and steps[-1] >= warmup,
+        f"steps: with {config.steps} steps the warm-up would take {warmup}, and the "
+        f"newest checkpoint that can be shared is that of step "
+        f"{steps[-1] if steps else 0}; give fewer --steps",
+    )
+    return limit
+
+
+def set_aside_after(limit: int, run_dir: Path) -> None:
+    """Moves the checkpoints of a learning rate that fell out of the way."""
+    directory = run_dir / CHECKPOINTS_NAME
+    for step in saved_steps(directory):
+        if step > limit:
+            target = run_dir / "decayed_checkpoints" / str(step)
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(directory / str(step), target)
+            tqdm.write(f"The checkpoint of step {step} is moved to {target}.")
+
+
+def require_shared(run_dir: Path) -> None:
+    """Checks that this process sees what process 0 has written.
+
+    A network's file system may show it a while later.
+    """
+    end = time.monotonic() + VISIBLE_SECONDS
+    while not (run_dir / CONFIG_NAME).exists():
+        require(
+            time.monotonic() < end,
+            f"run_dir: process {jax.process_index()} does not see in {run_dir} what "
+            "process 0 has written there; choose a directory that all processes share",
+        )
+        time.sleep(1)
+
+
+def require_space(run_dir: Path, checkpoint: int, keep: int) -> None:
+    """Checks that the disk holds the checkpoints that are to be there at a time."""
+    # The newest, the best, and the one that is being written.
+    needed = (keep + 2) * checkpoint
+    there = run_dir / CHECKPOINTS_NAME
+    used = sum(f.stat().st_size for f in there.rglob("*") if f.is_file())
+    free = shutil.disk_usage(run_dir).free
+    require(
+        needed <= free + used,
+        f"run_dir: {keep + 2} checkpoints of {human_size(checkpoint)} do not fit on "
+        f"the disk of {run_dir}, where {human_size(free)} are free; make room, or "
+        "choose another --run-dir or a smaller --keep",
+    )
+
+
+def write_run(
+    config: TrainConfig[Any], data: Data, run_dir: Path, records: list[log.Record]
+) -> None:
+    """Writes the settings and what data the run is on.
+
+    Raises:
+        InputError: where the steps so far were on other data.
+    """
+    texts = {DATA_NAME: data.fingerprint + "\n", **data.files}
+    for name, text in texts.items():
+        path = run_dir / name
+        require(
+            not records or not path.exists() or path.read_text("utf-8") == text,
+            f"run_dir: the data have changed since the run in {run_dir} began: it has "
+            f"another {name}; choose another --run-dir",
+        )
+    if jax.process_index() == 0:
+        for name, text in {CONFIG_NAME: to_json(config), **texts}.items():
+            _write_whole(run_dir / name, text)
+
+
+def is_saved(records: list[log.Record], run_dir: Path) -> bool:
+    """Says whether a run that is over needs no step to be made again.
+
+    So it does where it was killed in its last save. Not so where it diverged, and
+    where somebody has deleted all of its checkpoints.
+    """
+    last, there = records[-1], saved_steps(run_dir / CHECKPOINTS_NAME)
+    return bool(last.get("diverged")) or not there or last["step"] in there
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(path)

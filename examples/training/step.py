@@ -1,0 +1,143 @@
+"""The computations of training, as pure functions: loss, step, evaluation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_cautious
+from examples.training.sharding import constrain_as_params
+from examples.training.task import Batch, Params, Task
+
+
+class TrainState(NamedTuple):
+    """All that a training step changes."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
+class Measured(NamedTuple):
+    """What a training step measures, before it changes the parameters."""
+
+    loss: jax.Array
+    """Mean loss of the batch."""
+    grad_norm: jax.Array
+    """Global norm of the gradient, before it is clipped."""
+
+
+def init_state(task: Task, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """Draws the initial weights and makes the optimizer's state for them."""
+    params = task.init(seed)
+    return TrainState(params, tx.init(params))
+
+
+def cut(batch: Batch, parts: int) -> Batch:
+    """Cuts ``[B, ...]`` into ``[parts, B / parts, ...]``.
+
+    Each part takes every ``parts``-th example, some from each device, so that no
+    example moves.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+
+def mean_gradient(
+    task: Task, params: Params, batch: Batch, parts: int
+) -> tuple[jax.Array, Params]:
+    """Computes the loss and its gradient, of one part of the batch after the other.
+
+    Args:
+        task: what the loss is of.
+        params: the parameters.
+        batch: a tree of arrays, ``[B, ...]``.
+        parts: how many there are; the mean over them is that of the whole batch.
+    """
+
+    def gradient(part: Batch) -> tuple[jax.Array, Params]:
+        loss, grads = jax.value_and_grad(task.loss)(params, part)
+        return loss, constrain_as_params(grads, task)
+
+    if parts == 1:
+        return gradient(batch)
+
+    def add(sums: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradient(part)), None
+
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    sums, _ = jax.lax.scan(add, zeros, cut(batch, parts))
+    return jax.tree.map(lambda leaf: leaf / parts, sums)
+
+
+def make_train_step(
+    task: Task, tx: optax.GradientTransformation, parts: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, Measured]]:
+    """Makes the pure function from state and batch to the next state."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Measured]:
+        loss, grads = mean_gradient(task, state.params, batch, parts)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state), Measured(loss, optax.tree.norm(grads))
+
+    return train_step
+
+
+def make_evaluate(task: Task, parts: int = 1) -> Callable[[Params, Batch], jax.Array]:
+    """Makes the function that computes the mean loss over ``[batches, B, ...]``."""
+
+    def evaluate(params: Params, batches: Batch) -> jax.Array:
+        def loss_of_batch(batch: Batch) -> jax.Array:
+            losses = jax.lax.map(
+                lambda part: task.loss(params, part), cut(batch, parts)
+            )
+            return losses.mean()
+
+        return jax.lax.map(loss_of_batch, batches).mean()
+
+    return evaluate
+
+
+class Aligned(NamedTuple):
+    """How far the next update follows the gradient."""
+
+    whole: jax.Array
+    """Fraction of all parameters."""
+    parts: dict[str, jax.Array]
+    """That of each, by its name: a scalar, or ``[L]`` for one stacked over layers."""
+
+
+def make_aligned_fraction(
+    task: Task, tx: optax.GradientTransformation, parts: int = 1
+) -> Callable[[TrainState, Batch], Aligned]:
+    """Makes the function that measures how far the next update follows the gradient.
+
+    It returns the fraction of the parameters whose update and gradient have opposite
+    signs, that is, which the step moves downhill. Caution zeroes the others, so that
+    with and without it the same is counted.
+    """
+
+    def aligned_fraction(state: TrainState, batch: Batch) -> Aligned:
+        _, grads = mean_gradient(task, state.params, batch, parts)
+        updates, _ = tx.update(grads, state.opt_state, state.params)
+        stacked = {name: int(name in task.layers) for name in grads}
+        fractions = optax_cautious.aligned_fraction(updates, grads, stacked=stacked)
+        # A float, as the parameters of large models are more than an int32 can count.
+        counts = jax.tree.map(
+            lambda fraction, leaf: fraction.mean() * float(leaf.size), fractions, grads
+        )
+        whole = optax.tree.sum(counts) / float(optax.tree.size(grads))
+        return Aligned(whole, by_name(fractions))
+
+    return aligned_fraction
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """Lists the leaves by the names of the modules that hold them, joined by dots."""
+    return {
+        ".".join(str(getattr(key, "key", key)) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

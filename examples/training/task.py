@@ -1,0 +1,111 @@
+"""What an experiment brings to the training program."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self
+
+import grain
+import jax
+
+Params = dict[str, Any]
+"""Arrays by the names of the modules that hold them."""
+
+Batch = Any
+"""A tree of arrays whose first axis is that of the examples, ``[B, ...]``."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a process trains and validates on."""
+
+    train: grain.IterDataset[Batch]
+    """This process's rows of each batch, without end: trees of NumPy arrays,
+    ``[batch_size / processes, ...]``. An iterator has a state from which another goes
+    on exactly."""
+    validation: Batch
+    """Its rows of the validation batches: a tree of NumPy arrays,
+    ``[validation_batches, batch_size / processes, ...]``."""
+    fingerprint: str
+    """Hash of the data, the same on all processes."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """What else of the data is kept beside a run: texts by the names of their files."""
+
+
+class Task(Protocol):
+    """A model, its loss and its data, with their settings.
+
+    A task is a frozen dataclass. Its fields, and those of the dataclasses among them,
+    are settings of the command line and of a run's ``config.json``.
+
+    Randomness belongs to the batch: a loss that draws numbers draws them from seeds
+    that the data bring for each example. A step is then the same on any mesh, in any
+    number of parts and processes, and after a restart.
+    """
+
+    name: ClassVar[str]
+    """Of the experiment: its runs are in ``outputs/NAME``."""
+    unit: ClassVar[str]
+    """What the speed is measured in, such as "tokens"."""
+    metrics: ClassVar[Mapping[str, Callable[[float], float]]]
+    """What else is shown of a loss, such as ``{"perplexity": exp}``."""
+    layout: ClassVar[Mapping[str, tuple[str | None, ...]]]
+    """The axes of the mesh along those of a parameter, by the name of what holds it. A
+    parameter that is not listed is on every device."""
+    not_decayed: ClassVar[frozenset[str]]
+    """Names of parameters, or of what holds them, that weight decay spares."""
+    free: ClassVar[frozenset[str]]
+    """Settings that may change when a run goes on."""
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a step, over all devices."""
+
+    @property
+    def validation_batches(self) -> int:
+        """Batches on which the validation loss is measured."""
+
+    @property
+    def units(self) -> int:
+        """How many units, such as tokens, there are in a step."""
+
+    @property
+    def layers(self) -> Mapping[str, int]:
+        """Children of the parameters that stack layers, and how many each stacks."""
+
+    @property
+    def divided(self) -> Mapping[str, Mapping[str, int]]:
+        """Sizes that each axis of the mesh has to divide, by the setting's name."""
+
+    def describe(self) -> str:
+        """Says what a step sees, such as "16 x 128 tokens"."""
+
+    def default_learning_rate(self, optimizer: str) -> float | None:
+        """Returns the best learning rate of a sweep of this model, if there was one."""
+
+    def init(self, seed: int) -> Params:
+        """Draws the initial parameters."""
+
+    def loss(self, params: Params, batch: Batch) -> jax.Array:
+        """Computes the mean loss of a batch, a float32 scalar."""
+
+    def load(self, seed: int, process: int, processes: int) -> Data:
+        """Loads what a process trains on.
+
+        Raises:
+            InputError: for data that cannot be had or do not fit.
+        """
+
+    def batch_like(self) -> Batch:
+        """Returns the shapes and dtypes of a batch."""
+
+    def flops(self) -> float:
+        """Counts the operations of a training step."""
+
+    def unrolled(self, layers: Mapping[str, int]) -> Self:
+        """Returns the task with as many layers in each iteration of its loops."""
+
+
+def count_parameters(task: Task) -> int:
+    """Counts the parameters of a model without making it."""
+    like = jax.eval_shape(lambda: task.init(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(like))

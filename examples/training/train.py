@@ -1,0 +1,115 @@
+"""The command that trains a model."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from examples.training import log
+from examples.training.checks import InputError
+from examples.training.config import TrainConfig, identity
+from examples.training.loop import is_over, training
+from examples.training.optimizers import OPTIMIZERS
+from examples.training.processes import Processes, preemption
+from examples.training.task import Task, count_parameters
+
+
+def default_run_dir(config: TrainConfig[Any]) -> Path:
+    """Names a directory after the optimizer and a hash of the settings."""
+    text = repr(sorted(identity(config).items()))
+    key = hashlib.sha256(text.encode()).hexdigest()[:8]
+    caution = "cautious-" * config.optimizer.caution
+    return (
+        Path("outputs")
+        / config.task.name
+        / (f"{caution}{config.optimizer.optimizer}-{key}")
+    )
+
+
+def train(
+    run_dir: Path | None = None,
+    profile: int = 0,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    *,
+    config: TrainConfig[Any],
+) -> None:
+    """Train a model, or go on with a training that has been interrupted.
+
+    Args:
+        run_dir: where the configuration, the log and the checkpoints go. Not given: a
+            directory of outputs/ named after the settings.
+        profile: trace that many steps, after the first; TensorBoard and Perfetto show
+            what is written to the run's directory.
+        processes: how several processes find each other.
+        config: the run.
+    """
+    rate, task = config.learning_rate, config.task
+    processes.join()
+    run_dir = run_dir or default_run_dir(config)
+    speaks = jax.process_index() == 0
+    if speaks:
+        print(
+            f"{count_parameters(task):,} parameters, {config.steps} steps of "
+            f"{task.describe()} with {config.optimizer.title} at {rate:g}, in "
+            f"{run_dir}",
+            flush=True,
+        )
+        warn_of_a_high_rate(config)
+    start: int | None = None
+    last: log.Record = {}
+    bar = tqdm(total=config.steps, desc="Compiling", unit="step", disable=not speaks)
+    with bar, preemption() as stop:
+        for records in training(config, run_dir, stop=stop, profile=profile):
+            start = len(records) if start is None else start
+            last = records[-1]
+            validated = [r for r in records if "aligned_fraction" in r]
+            if validated and speaks:
+                tqdm.write(summary(validated[-1], task))
+            bar.set_description("Training", refresh=False)
+            bar.set_postfix(progress(last, task), refresh=False)
+            bar.update(last["step"] - bar.n)
+    if not speaks:
+        return
+    if last.get("diverged"):
+        raise InputError(
+            f"the loss is not finite at step {last['step']}; a lower --learning-rate "
+            "may help"
+        )
+    if is_over([last], config.steps):
+        over = "was finished before" if start == config.steps else "is finished"
+        print(f"The run {over}: {summary(last, task)}, in {run_dir}")
+    else:
+        print(f"Stopped: step {last['step']} is saved, and the same command goes on.")
+
+
+def warn_of_a_high_rate(config: TrainConfig[Any]) -> None:
+    """Says so where each step moves a weight by more than weights are large."""
+    row, rate = OPTIMIZERS[config.optimizer.optimizer], config.learning_rate
+    if row.unit_steps and rate > 0.3:
+        print(
+            f"A learning rate of {rate:g} is high: a step of {row.title} moves each "
+            "weight by about that much. Rates from 1e-4 to 1e-2 are usual."
+        )
+
+
+def summary(record: log.Record, task: Task) -> str:
+    """Writes an evaluation as a line."""
+    loss = record["validation_loss"]
+    metrics = "".join(f"   {k} {f(loss):8.2f}" for k, f in task.metrics.items())
+    return (
+        f"step {record['step']:6d}   validation loss {loss:.4f}{metrics}   "
+        f"aligned fraction {record['aligned_fraction']:.3f}"
+    )
+
+
+def progress(record: log.Record, task: Task) -> dict[str, str]:
+    """Writes what stands beside the progress bar."""
+    shown = {"loss": f"{record['loss']:.3f}"}
+    speed = record.get(f"{task.unit}_per_second")
+    if speed is not None:
+        shown[f"{task.unit}/s"] = f"{speed:,.0f}"
+    if "mfu" in record:
+        shown["MFU"] = f"{record['mfu']:.1%}"
+    return shown

@@ -1,0 +1,94 @@
+"""A run that was trained: its settings, and the parameters of a checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import jax
+
+from examples.training import log
+from examples.training.checkpoint import (
+    CHECKPOINTS_NAME,
+    restore_params,
+    saved_steps,
+)
+from examples.training.checks import InputError, require
+from examples.training.config import TrainConfig, from_json
+from examples.training.run_dir import CONFIG_NAME
+from examples.training.task import Params, Task
+
+T = TypeVar("T", bound=Task)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the parameters come from."""
+
+    run_dir: Path
+    """The directory of a run."""
+    step: int | None = None
+    """The checkpoint of this step. Not given: the newest."""
+    best: bool = False
+    """The checkpoint with the lowest validation loss."""
+
+
+class Trained(NamedTuple, Generic[T]):
+    """A model that was trained, and what it was trained with."""
+
+    config: TrainConfig[T]
+    step: int
+    params: Params
+    """In the host's memory."""
+
+
+def load_trained(source: Source, task: type[T]) -> Trained[T]:
+    """Loads the parameters of a run, without the optimizer's state.
+
+    Raises:
+        InputError: where there is no run, or not that checkpoint.
+    """
+    path = source.run_dir / CONFIG_NAME
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise InputError(
+            f"run_dir: {source.run_dir} holds no run: cannot read {path} "
+            f"({error.strerror})"
+        ) from error
+    config = from_json(text, str(path), task)
+    step = choose_step(source)
+    like = jax.eval_shape(lambda: config.task.init(0))
+    params = restore_params(source.run_dir / CHECKPOINTS_NAME, step, like)
+    return Trained(config, step, params)
+
+
+def choose_step(source: Source) -> int:
+    """Finds the step of the checkpoint that is asked for.
+
+    Raises:
+        InputError: where there is none.
+    """
+    require(source.step is None or not source.best, "step and best: give one of them")
+    directory = source.run_dir / CHECKPOINTS_NAME
+    steps = saved_steps(directory)
+    require(bool(steps), f"run_dir: there is no checkpoint in {directory}")
+    if source.step is not None:
+        require(
+            source.step in steps,
+            f"step: there is no checkpoint of step {source.step} in {directory}; "
+            f"choose one of {', '.join(map(str, steps))}",
+        )
+        return source.step
+    if not source.best:
+        return steps[-1]
+    losses = {
+        record["step"]: record["validation_loss"]
+        for record in log.read(source.run_dir)
+        if record["step"] in steps and record.get("validation_loss") is not None
+    }
+    require(
+        bool(losses),
+        f"best: the log in {source.run_dir} has no validation loss of the checkpoints; "
+        "choose a --step",
+    )
+    return min(losses, key=losses.__getitem__)

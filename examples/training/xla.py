@@ -1,0 +1,123 @@
+"""What XLA's compilers say of a program: its collectives, for devices that are away."""
+
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+from jax.experimental import topologies
+
+from examples.training.checks import InputError
+
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "u16": 2, "bf16": 2, "f16": 2}
+_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+EACH_BYTE_ONCE: dict[str, str | bool] = {"xla_vf_vmem_max_outstanding_prefetches": "0"}
+"""Else the compiler moves some arrays into the chip's vector memory ahead of their use,
+and counts what it writes there and reads again."""
+
+
+class Collective(NamedTuple):
+    """All operations of one kind that a step does."""
+
+    times: int
+    bytes: float
+    """Of the results on one device."""
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """Makes the devices of a slice that is not here, such as v5e:4x4.
+
+    Raises:
+        InputError: without the compiler, and for a slice that it does not know.
+    """
+    # Without these libtpu looks for the chips of this machine and for its metadata.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.partition(":")[0])
+    try:
+        description = topologies.get_topology_desc(topology, "tpu")
+    except Exception as error:
+        raise InputError(
+            f"topology: cannot compile for {topology!r}: {error}. Give a kind of TPU "
+            "and the arrangement of its chips, as in v5e:4x4 or v5p:2x2x2. The "
+            "compiler is in the package libtpu: pip install '.[examples,tpu]'"
+        ) from error
+    return list(description.devices)
+
+
+def collectives(text: str) -> dict[str, Collective]:
+    """Counts the collective operations of a compiled program, loops multiplied out.
+
+    Args:
+        text: the program in XLA's notation.
+    """
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        start = re.match(r"(ENTRY )?%(\S+) \(.*\{$", line)
+        if start:
+            lines = computations.setdefault(start[2], [])
+            entry = start[2] if start[1] else entry
+        else:
+            lines.append(line)
+    # By channel, as one that runs beside other operations is written in several parts.
+    found: dict[str, tuple[str, int, int]] = {}
+
+    def visit(name: str, times: int) -> None:
+        for line in computations.get(name, ()):
+            result, operation = _operation(line)
+            if operation in _COLLECTIVES:
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = channel[1] if channel else line
+                found[key] = operation, times, times * _size(result)
+            inner = times
+            if operation == "while":
+                inner *= _trips(computations[_called(line, "condition")[0]])
+            for called in _called(line, "body|calls|to_apply"):
+                visit(called, inner)
+
+    visit(entry, 1)
+    kinds = {kind for kind, _, _ in found.values()}
+    return {
+        kind: Collective(
+            times=sum(times for k, times, _ in found.values() if k == kind),
+            bytes=sum(size for k, _, size in found.values() if k == kind),
+        )
+        for kind in kinds
+    }
+
+
+def _operation(line: str) -> tuple[str, str]:
+    """Splits ``%name = result operation(...)``."""
+    definition = line.partition(" = ")[2]
+    operation = re.search(r" ([a-z-]+?)(?:-start)?\(", definition)
+    if operation is None:
+        return "", ""
+    return definition[: operation.start()], operation[1]
+
+
+def _called(line: str, how: str) -> list[str]:
+    return re.findall(rf"(?:{how})=%([^\s,)}}]+)", line)
+
+
+def _trips(condition: list[str]) -> int:
+    """Returns the number that the counter of a scan is compared with."""
+    (number,) = re.findall(r"constant\((\d+)\)", "\n".join(condition))
+    return int(number)
+
+
+def _size(shapes: str) -> int:
+    """Adds up the bytes of shapes such as bf16[8,128]."""
+    total = 0
+    for dtype, dimensions in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
+        elements = math.prod(map(int, filter(None, dimensions.split(","))))
+        total += elements * _BYTES[dtype]
+    return total
