@@ -1,6 +1,7 @@
 # Each target sets itself up: a virtual environment in .venv, with what it needs.
 #
 #   make demo    train the same small Llama with AdamW and with cautious AdamW
+#   make mae     the same with a small masked autoencoder, on glyphs
 #   make test    run the tests, the docstrings' and the README's examples among them
 #   make lint    ruff and mypy
 #   make costs   what caution costs, by the TPU's compiler and on this machine's CPU
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 # of 2 MB. Other systems ignore this.
 TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 
-.PHONY: demo sweep quadratic costs peers test test-library test-floor test-tpu test-parity \
+.PHONY: demo sweep mae quadratic costs peers test test-library test-floor test-tpu test-parity \
   lint clean
 
 demo: $(VENV)/.examples
@@ -25,6 +26,9 @@ demo: $(VENV)/.examples
 sweep: $(VENV)/.examples
 	$(TRAIN) -m examples.llama compare --sweep learning_rate=1e-3,2e-3,4e-3,8e-3 \
 	  --output-dir outputs/llama/sweep
+
+mae: $(VENV)/.examples
+	$(TRAIN) -m examples.mae compare
 
 quadratic: $(VENV)/.examples
 	$(BIN)/python -m examples.quadratic

@@ -6,22 +6,22 @@ programs that read this format do too.
 """
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from examples.llama.generate import Run, load_run
 from examples.llama.model import RMS_EPSILON
 from examples.llama.task import LlamaTask
-from examples.training.checks import make_directory, require
+from examples.training.checks import make_directory
+from examples.training.safetensors_files import (
+    require_empty,
+    save_json,
+    save_tensors,
+)
 from examples.training.task import Params
 from examples.training.trained import Source
-
-SHARD_BYTES = 5_000_000_000
-"""What one file holds at most, unless it is a single tensor."""
 
 # The names of a block's parameters here, and those of transformers.
 _BLOCK = {
@@ -126,70 +126,12 @@ def to_tokenizer(text: str) -> dict[str, Any]:
     return {**tokenizer, "post_processor": None}
 
 
-def split_tensors(
-    tensors: Mapping[str, np.ndarray], limit: int
-) -> list[dict[str, np.ndarray]]:
-    """Divides tensors, in their order, among files of at most ``limit`` bytes each.
-
-    One that is larger has a file of its own.
-    """
-    shards: list[dict[str, np.ndarray]] = []
-    size = 0
-    for name, tensor in tensors.items():
-        if not shards or size + tensor.nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
-
-
-def save_tensors(
-    tensors: Mapping[str, np.ndarray], directory: Path, limit: int = SHARD_BYTES
-) -> None:
-    """Writes model.safetensors, or several files and an index of them.
-
-    Args:
-        tensors: by their names.
-        directory: where to.
-        limit: what one file holds at most, in bytes.
-    """
-    shards = split_tensors(tensors, limit)
-    files = list(_file_names(len(shards)))
-    for file, shard in zip(files, shards, strict=True):
-        # safetensors writes the memory as it lies, that of a transposed view too.
-        contiguous = {name: np.ascontiguousarray(x) for name, x in shard.items()}
-        save_file(contiguous, directory / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(x.nbytes for x in tensors.values())},
-            "weight_map": {
-                name: file
-                for file, shard in zip(files, shards, strict=True)
-                for name in shard
-            },
-        }
-        _save_json(index, directory / "model.safetensors.index.json")
-
-
-def _file_names(count: int) -> Iterator[str]:
-    if count == 1:
-        yield "model.safetensors"
-        return
-    for i in range(1, count + 1):
-        yield f"model-{i:05}-of-{count:05}.safetensors"
-
-
-def _save_json(content: Any, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
 def save_run(run: Run, directory: Path) -> None:
     """Writes a model and its tokenizer to a directory."""
     save_tensors(to_tensors(run.params), directory)
-    _save_json(to_config(run.task, run.end), directory / "config.json")
-    _save_json(to_tokenizer(run.tokenizer.to_str()), directory / "tokenizer.json")
-    _save_json(to_tokenizer_config(run.task), directory / "tokenizer_config.json")
+    save_json(to_config(run.task, run.end), directory / "config.json")
+    save_json(to_tokenizer(run.tokenizer.to_str()), directory / "tokenizer.json")
+    save_json(to_tokenizer_config(run.task), directory / "tokenizer_config.json")
 
 
 def export(source: Source, output_dir: Path) -> None:
@@ -199,10 +141,7 @@ def export(source: Source, output_dir: Path) -> None:
         source: where the parameters come from.
         output_dir: where the files go; a new directory, or an empty one.
     """
-    require(
-        not (output_dir.is_dir() and any(output_dir.iterdir())),
-        f"output_dir: {output_dir} is not empty; choose another",
-    )
+    require_empty(output_dir)
     run = load_run(source)
     make_directory("output_dir", output_dir)
     save_run(run, output_dir)

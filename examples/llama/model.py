@@ -6,15 +6,22 @@ vocabulary of V tokens, and a cache for S tokens.
 """
 
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 
 from examples.llama.config import ModelConfig
-from examples.training.sharding import BATCH, constrain, gather
+from examples.training.modules import (
+    BACK,
+    INTO,
+    Axes,
+    all_but_gathered,
+    attention_implementation,
+    linear,
+)
+from examples.training.sharding import BATCH, constrain
 
 _INIT = nnx.initializers.normal(0.02)
 RMS_EPSILON = 1e-6
@@ -105,7 +112,7 @@ class Attention(nnx.Module):
                 key,
                 value,
                 is_causal=True,
-                implementation=_attention_implementation(query),
+                implementation=attention_implementation(query),
             )
         else:
             where = (0, start, 0, 0)
@@ -213,7 +220,7 @@ class Llama(nnx.Module):
             return nnx.merge(graphdef, params)(x, layer_cache)
 
         # In a scan nothing merges the two computations of a block anyway.
-        policy = None if self.remat else _all_but_gathered
+        policy = None if self.remat else all_but_gathered
         run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
         # In float32, as the gradients of a frequent token are many to add up.
         table = jnp.asarray(self.embedding.embedding[...])
@@ -248,68 +255,28 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     return 6.0 * parameters + attention
 
 
-def _attention_implementation(query: jax.Array) -> Literal["cudnn"] | None:
-    """Chooses cuDNN's flash attention where it has one, and XLA's elsewhere."""
-    # A GPU may be one of AMD's; cuDNN has no kernel for other dtypes and heads.
-    on_cuda = "cuda" in jax.extend.backend.get_backend().platform_version
-    head_dim = query.shape[-1]
-    fits = query.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if on_cuda and fits else None
-
-
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps all for the backward pass but kernels that were cast and gathered.
-
-    Kept, those of all blocks would be on every device at once.
-    """
-    return primitive.name not in ("sharding_constraint", "convert_element_type")
-
-
 def _linear(
     inputs: int,
     outputs: int,
     config: ModelConfig,
     rngs: nnx.Rngs,
     output_dtype: jax.typing.DTypeLike | None = None,
-    axes: tuple[str | None, str | None] = (None, "tensor"),
+    axes: Axes = INTO,
 ) -> nnx.Linear:
     """A projection without bias, from ``[B, T, inputs]`` to ``[B, T, outputs]``."""
-    return nnx.Linear(
+    return linear(
         inputs,
         outputs,
-        use_bias=False,
-        dtype=jnp.dtype(config.dtype),
+        dtype=config.dtype,
         kernel_init=_INIT,
-        dot_general=partial(_dot_flat, axes),
-        preferred_element_type=output_dtype,
         rngs=rngs,
+        axes=axes,
+        output_dtype=output_dtype,
     )
 
 
 # A projection to the residual stream, whose inputs are split over the mesh.
-_linear_back = partial(_linear, axes=("tensor", None))
-
-
-def _dot_flat(
-    axes: tuple[str | None, str | None],
-    x: jax.Array,
-    kernel: jax.Array,
-    dimension_numbers: Any,
-    **options: Any,
-) -> jax.Array:
-    """Multiplies ``[B, T, D]`` by a matrix as if it were ``[B T, D]``.
-
-    The gradient of the kernel then contracts one axis and not two, for which XLA on a
-    CPU first transposes both operands. Elsewhere the reshape costs nothing.
-
-    The kernel, by now in the type computed in, is gathered over fsdp here. Left to
-    itself, XLA may split the features of the activations in place of the sequences.
-    """
-    del dimension_numbers  # The last axis of x with the first of the kernel.
-    kernel = gather(kernel, axes)
-    flat = x.reshape(-1, x.shape[-1])
-    y = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
-    return y.reshape(*x.shape[:-1], -1)
+_linear_back = partial(_linear, axes=BACK)
 
 
 def _rms_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:

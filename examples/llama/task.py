@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar, Self
 
 import jax
@@ -17,7 +18,7 @@ from examples.llama.model import Llama, flops_per_token, make_graphdef
 from examples.training.command_line import Experiment
 from examples.training.config import TrainConfig
 from examples.training.optimizers import OptimizerConfig
-from examples.training.task import Data, Params
+from examples.training.task import Data, Load, Models, Params
 
 
 def perplexity(loss: float) -> float:
@@ -52,16 +53,6 @@ class LlamaTask:
     }
     not_decayed: ClassVar[frozenset[str]] = frozenset({"scale", "embedding"})
     free: ClassVar[frozenset[str]] = frozenset({"cache_dir", "unroll"})
-
-    @property
-    def batch_size(self) -> int:
-        """Windows in a step."""
-        return self.data.batch_size
-
-    @property
-    def validation_batches(self) -> int:
-        """Batches on which the validation loss is measured."""
-        return self.data.validation_batches
 
     @property
     def units(self) -> int:
@@ -127,6 +118,10 @@ class LlamaTask:
     def flops(self) -> float:
         """Counts the operations of a step, as in PaLM."""
         return self.units * flops_per_token(self.model, self.data.sequence_length)
+
+    def show(self, models: Models, load: Load, directory: Path) -> list[Path]:
+        """Draws nothing: ``generate`` shows what a model has learned."""
+        return []
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
         """Sets the blocks in each iteration of the loop over them."""

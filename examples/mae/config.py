@@ -25,7 +25,7 @@ class ModelConfig:
     """Share of the patches that the encoder does not see."""
     hidden_size: int = 128
     """Features of the encoder's residual stream."""
-    num_layers: int = 4
+    num_layers: int = 3
     """Transformer blocks of the encoder."""
     num_heads: int = 4
     """Heads of the encoder's attention."""
@@ -35,7 +35,7 @@ class ModelConfig:
     """Features of the decoder's residual stream."""
     decoder_num_layers: int = 2
     """Transformer blocks of the decoder."""
-    decoder_num_heads: int = 4
+    decoder_num_heads: int = 2
     """Heads of the decoder's attention."""
     decoder_intermediate_size: int = 256
     """Features inside the decoder's feed-forward layer."""
@@ -47,7 +47,7 @@ class ModelConfig:
     remat: bool = False
     """Keep only the input of each block for the backward pass, and compute the rest of
     it again. Saves most of the activations' memory for a third more computation."""
-    unroll: int = 4
+    unroll: int = 3
     """Encoder blocks in each iteration of the loop over them. More take longer to
     compile."""
     decoder_unroll: int = 2

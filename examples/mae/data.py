@@ -6,9 +6,9 @@ from which another goes on exactly where it was.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,28 +28,12 @@ from examples.mae.pictures import (
     suffixes,
 )
 from examples.mae.streaming import first_pictures, open_stream, stream_batches
+from examples.mae.workers import WorkerBatches
 from examples.training.checks import InputError, require
 from examples.training.huggingface import is_streamed
+from examples.training.task import Data
 
 _THREADS = min(16, os.cpu_count() or 1)
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a process trains and validates on."""
-
-    train: grain.IterDataset[Example]
-    """This process's rows of each batch, without end: ``image``, ``[batch_size /
-    process_count, S, S, 3]`` in uint8, and ``seed``, ``[batch_size / process_count]``
-    in uint32, from which the noise of each picture's mask is drawn."""
-    validation: Example
-    """Its rows of the validation batches, ``[validation_batches, batch_size /
-    process_count, ...]``. Their seeds are the same in every run."""
-    fingerprint: str
-    """Hash of the corpus, the same on all processes: of all glyphs or files, and of a
-    Hugging Face dataset, which is never read whole, of the validation pictures."""
-    files: Mapping[str, str] = field(default_factory=dict)
-    """What else of the data is kept beside a run: nothing."""
 
 
 def load_data(
@@ -72,6 +56,12 @@ def load_data(
             their masks; below ``2**32``.
         process_index: which of the processes this is.
         process_count: how many processes share each batch.
+
+    Returns:
+        Batches with ``image``, ``[rows, S, S, 3]`` in uint8, and ``seed``, ``[rows]``
+        in uint32, from which the noise of each picture's mask is drawn; for validation,
+        the same in every run. The fingerprint is of all glyphs or files, and of a
+        Hugging Face dataset, which is never read whole, of the validation pictures.
 
     Raises:
         InputError: for pictures that cannot be had, or too few of them.
@@ -270,14 +260,15 @@ def _train_batches(
     dataset = corpus.train.shuffle(seed).repeat()
     dataset = dataset.random_map(_example_of(config, image_size), seed=seed)
     # Rows p, p + P, ... of what is one batch of one process.
-    dataset = dataset[own].batch(config.batch_size // own.step)
-    batches = dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
-    )
+    dataset = dataset[own]
+    # Nothing is dropped. Else Grain rounds the endless length up, for one row too far.
+    dataset = dataset.batch(config.batch_size // own.step, drop_remainder=True)
+    # All processes together have as many threads as one would.
+    threads = max(1, _THREADS // max(1, config.workers))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     if config.workers:
-        options = grain.MultiprocessingOptions(num_workers=config.workers)
-        batches = batches.mp_prefetch(options)
-    return batches
+        return WorkerBatches(dataset, config.workers, options)
+    return dataset.to_iter_dataset(options)
 
 
 def _example_of(config: DataConfig, image_size: int) -> partial[Example]:

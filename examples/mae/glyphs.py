@@ -55,10 +55,9 @@ def draw_glyphs(size: int, fonts: Iterable[Path]) -> Glyphs:
 
 def _draw(character: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image:
     """Draws a character in the middle of a picture of shades of grey."""
-    left, top, right, bottom = font.getbbox(character)
     room = max(1, size - 2 * _MARGIN)
-    longest = max(right - left, bottom - top)
-    if longest > room:
+    left, top, right, bottom = font.getbbox(character)
+    while (longest := max(right - left, bottom - top)) > room and font.size > 1:
         font = font.font_variant(size=max(1, font.size * room / longest))
         left, top, right, bottom = font.getbbox(character)
     image = Image.new("L", (size, size), 255)

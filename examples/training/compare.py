@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from examples.training.config import TrainConfig, settings, with_settings
 from examples.training.loop import is_over, load_run_data, training
 from examples.training.optimizers import RULE, OptimizerName
 from examples.training.processes import preemption
-from examples.training.report import Run, Side, write_point
+from examples.training.report import History, Run, Side, write_point
+from examples.training.trained import Source, load_trained
 
 _OF_CAUTION = {*RULE, "exempt"}
 _OWN_OPTIONS = {"optimizer": "--optimizers", "caution": None, "seed": "--seeds"}
@@ -214,5 +216,28 @@ def compare(
         return
     histories = [report.read_history(run, output_dir / run.name) for run in runs]
     text = report.write(histories, config, output_dir)
+    shown = show_best(histories, runs, output_dir)
     print(f"\n{text}")
-    print(f"Written to {output_dir}: report.md, report.csv, report.png, aligned.png")
+    names = "report.md", "report.csv", "report.png", "aligned.png"
+    print(f"Written to {output_dir}: {', '.join([*names, *(f.name for f in shown)])}")
+
+
+def show_best(
+    histories: Sequence[History], runs: dict[Run, TrainConfig[Any]], output_dir: Path
+) -> list[Path]:
+    """Has the task draw what the best run of each side does, of the first seed."""
+    best = [
+        seeds[0].run
+        for side in dict.fromkeys(history.run.side for history in histories)
+        if (seeds := report.best(histories, side)) is not None
+    ]
+    if not best:
+        return []
+    config = runs[best[0]]
+    models = {
+        run.side.title: load_trained(
+            Source(output_dir / run.name), type(config.task)
+        ).params
+        for run in best
+    }
+    return config.task.show(models, partial(load_run_data, config), output_dir)

@@ -67,7 +67,7 @@ def evaluation_peaks(config: TrainConfig[Any], topology: str) -> dict[str, float
     sharding = NamedSharding(engine.mesh, P(None, BATCH))
     validation = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
-            (config.task.validation_batches, *x.shape), x.dtype, sharding=sharding
+            (config.task.data.validation_batches, *x.shape), x.dtype, sharding=sharding
         ),
         batch,
     )

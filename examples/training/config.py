@@ -84,9 +84,9 @@ class TrainConfig(Generic[T]):
         for size in self.mesh or ():
             require_positive("mesh", size)
         require(
-            self.task.batch_size % self.accumulate == 0,
+            self.task.data.batch_size % self.accumulate == 0,
             f"accumulate ({self.accumulate}) does not divide batch_size "
-            f"({self.task.batch_size})",
+            f"({self.task.data.batch_size})",
         )
         require(
             0 <= self.seed < 2**32,

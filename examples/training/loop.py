@@ -209,8 +209,8 @@ def load_run_data(config: TrainConfig[Any]) -> Data:
     """
     count = jax.process_count()
     require(
-        config.task.batch_size % count == 0,
-        f"batch_size ({config.task.batch_size}) does not divide among {count} "
+        config.task.data.batch_size % count == 0,
+        f"batch_size ({config.task.data.batch_size}) does not divide among {count} "
         "processes: choose a multiple of their number",
     )
     return config.task.load(config.seed, jax.process_index(), count)

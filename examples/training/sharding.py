@@ -48,7 +48,7 @@ def make_mesh(config: TrainConfig[Any], devices: Any = None) -> Mesh:
         f"have {len(devices)}: use them all",
     )
     data, fsdp, tensor = shape
-    examples = config.task.batch_size // config.accumulate
+    examples = config.task.data.batch_size // config.accumulate
     require(
         examples % (data * fsdp) == 0,
         f"batch_size: {examples} examples at a time (batch_size / accumulate) do not "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import grain
@@ -31,6 +32,24 @@ class Data:
     """What else of the data is kept beside a run: texts by the names of their files."""
 
 
+Models = Mapping[str, Params]
+"""Parameters in the host's memory, by what to call the models."""
+
+Load = Callable[[], Data]
+
+
+class Batches(Protocol):
+    """What all settings of data have."""
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a step, over all devices."""
+
+    @property
+    def validation_batches(self) -> int:
+        """Batches on which the validation loss is measured."""
+
+
 class Task(Protocol):
     """A model, its loss and its data, with their settings.
 
@@ -57,12 +76,8 @@ class Task(Protocol):
     """Settings that may change when a run goes on."""
 
     @property
-    def batch_size(self) -> int:
-        """Examples in a step, over all devices."""
-
-    @property
-    def validation_batches(self) -> int:
-        """Batches on which the validation loss is measured."""
+    def data(self) -> Batches:
+        """The settings of the data."""
 
     @property
     def units(self) -> int:
@@ -100,6 +115,15 @@ class Task(Protocol):
 
     def flops(self) -> float:
         """Counts the operations of a training step."""
+
+    def show(self, models: Models, load: Load, directory: Path) -> list[Path]:
+        """Draws what trained models do, side by side, and returns the files.
+
+        Args:
+            models: by what to call them.
+            load: loads the data that they were validated on.
+            directory: where the files go.
+        """
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
         """Returns the task with as many layers in each iteration of its loops."""

@@ -19,7 +19,7 @@ for _module in ("grain", "matplotlib", "tokenizers", "tqdm", "tyro"):
 
 # ruff: noqa: E402
 
-from examples.llama import model as model_module
+from examples.training.modules import attention_implementation
 from examples.llama.config import MODELS, DataConfig, ModelConfig
 from examples.llama.model import (
     Attention,
@@ -133,7 +133,7 @@ def test_attention_is_cudnns_where_it_has_a_kernel(
     backend = SimpleNamespace(platform_version=platform)
     monkeypatch.setattr(jax.extend.backend, "get_backend", lambda: backend)
     query = jnp.zeros((1, 2, 1, head_dim), dtype)
-    assert model_module._attention_implementation(query) == chosen
+    assert attention_implementation(query) == chosen
 
 
 def test_grouped_queries_are_heads_that_share_keys_and_values():

@@ -1,0 +1,70 @@
+"""Worker processes that read batches ahead, and whose number no state depends on."""
+
+from typing import Any, TypeVar
+
+import grain
+from absl import flags
+
+T = TypeVar("T")
+
+
+class WorkerBatches(grain.IterDataset[T]):  # type: ignore[misc]
+    """Reads the elements of a dataset in processes, in their order."""
+
+    def __init__(
+        self, dataset: grain.MapDataset[T], workers: int, options: grain.ReadOptions
+    ) -> None:
+        """Takes how many processes there are, and what threads each has."""
+        super().__init__()
+        self._dataset = dataset
+        self._workers = workers
+        self._options = options
+        # Grain reads flags of its own, which only a program that absl runs has parsed.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+
+    def __iter__(self) -> grain.DatasetIterator[T]:
+        """Begins at the first element."""
+        return _WorkerIterator(self)
+
+    def begin(self, index: int) -> grain.DatasetIterator[T]:
+        """Starts the processes at an element."""
+        rest = self._dataset[index:].to_iter_dataset(self._options)
+        workers = grain.MultiprocessingOptions(num_workers=self._workers)
+        return iter(rest.mp_prefetch(workers))
+
+
+class _WorkerIterator(grain.DatasetIterator[T]):  # type: ignore[misc]
+    """Has the state of a dataset that is read without workers.
+
+    Grain's own would hold what each worker had given, for so many workers only.
+    """
+
+    def __init__(self, dataset: WorkerBatches[T]) -> None:
+        super().__init__()
+        self._dataset = dataset
+        self._running: grain.DatasetIterator[T] | None = None
+        self._next = 0
+
+    def __next__(self) -> T:
+        if self._running is None:
+            self._running = self._dataset.begin(self._next)
+        element = next(self._running)
+        self._next += 1
+        return element
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._stop()
+        self._next = state["next_index"]
+
+    def close(self) -> None:
+        super().close()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None

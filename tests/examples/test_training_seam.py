@@ -1,0 +1,66 @@
+"""The training program knows no experiment, and no experiment copies another."""
+
+import ast
+import itertools
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXPERIMENTS = sorted(
+    p.name for p in EXAMPLES.iterdir() if p.is_dir() and p.name not in ("training",)
+)
+LINES = 6
+
+
+def modules(directory):
+    return sorted(directory.rglob("*.py"))
+
+
+def imported(path):
+    """The modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "path", modules(EXAMPLES / "training"), ids=lambda path: path.name
+)
+def test_training_imports_no_experiment(path):
+    for name in imported(path):
+        assert not name.startswith("examples.") or name.startswith("examples.training")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_imports_no_other(experiment):
+    allowed = f"examples.{experiment}", "examples.training"
+    for path in modules(EXAMPLES / experiment):
+        for name in imported(path):
+            assert not name.startswith("examples.") or name.startswith(allowed), path
+
+
+def code_lines(path):
+    """The lines of a file without imports, which are alike everywhere."""
+    source = path.read_text()
+    lines = [line.strip() for line in source.splitlines()]
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for i in range(node.lineno - 1, node.end_lineno):
+                lines[i] = ""
+    return [line for line in lines if line]
+
+
+def test_no_lines_of_one_experiment_stand_in_another():
+    found = defaultdict(set)
+    for directory in (*EXPERIMENTS, "training"):
+        for path in modules(EXAMPLES / directory):
+            lines = code_lines(path)
+            for some in zip(*(lines[i:] for i in range(LINES))):
+                found[some].add(directory)
+    assert len(found) > 1000
+    twice = {some for some, where in found.items() if len(where) > 1}
+    assert not twice, "\n\n".join(map("\n".join, itertools.islice(twice, 3)))
