@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from examples.mae.export import export
+from examples.mae.reconstruct import reconstruct
 from examples.mae.task import EXPERIMENT
 from examples.training.command_line import main
 from examples.training.compare import compare
@@ -13,6 +15,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "compare": compare,
     "compile": compile_only,
+    "reconstruct": reconstruct,
+    "export": export,
 }
 
 if __name__ == "__main__":

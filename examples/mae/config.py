@@ -10,8 +10,6 @@ from examples.training.checks import (
     require_utf8,
 )
 
-ModelName = Literal["tiny", "vit-b", "vit-l", "vit-h"]
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -190,7 +188,7 @@ def _vit(
     )
 
 
-MODELS: dict[ModelName, ModelConfig] = {
+MODELS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(),
     "vit-b": _vit(768, 12, 12),
     "vit-l": _vit(1024, 24, 16),

@@ -45,7 +45,7 @@ def draw_glyphs(size: int, fonts: Iterable[Path]) -> Glyphs:
     found: dict[bytes, str] = {}  # The character by the pixels.
     for path in tqdm(list(fonts), "Drawing glyphs", unit="font", leave=False):
         font = ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-        for code in sorted(FT2Font(path).get_charmap()):
+        for code in sorted(FT2Font(str(path)).get_charmap()):
             image = _draw(chr(code), font, size)
             if image.getextrema() != (255, 255):
                 found.setdefault(image.tobytes(), chr(code))

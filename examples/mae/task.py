@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import ClassVar, Self
 
 import jax
@@ -10,11 +12,17 @@ from flax import nnx
 
 from examples.mae.config import MODELS, DataConfig, ModelConfig
 from examples.mae.data import load_data
-from examples.mae.model import MaskedAutoencoder, flops_per_image, mask_noise
+from examples.mae.drawing import choose, draw
+from examples.mae.model import (
+    MaskedAutoencoder,
+    Reconstruction,
+    flops_per_image,
+    mask_noise,
+)
 from examples.training.command_line import Experiment
 from examples.training.config import TrainConfig
 from examples.training.optimizers import OptimizerConfig
-from examples.training.task import Data, Params
+from examples.training.task import Data, Load, Models, Params
 
 
 def make_graphdef(config: ModelConfig) -> nnx.GraphDef[MaskedAutoencoder]:
@@ -122,6 +130,22 @@ class MAETask:
     def flops(self) -> float:
         """Counts the operations of a step."""
         return float(self.data.batch_size * flops_per_image(self.model))
+
+    @partial(jax.jit, static_argnums=0)
+    def reconstruct(
+        self, params: Params, batch: Mapping[str, jax.Array]
+    ) -> Reconstruction:
+        """Shows what a model makes of pictures, given as ``loss`` takes them."""
+        model = nnx.merge(make_graphdef(self.model), params)
+        noise = mask_noise(batch["seed"], self.model.patches)
+        return model.reconstruct(batch["image"], noise)
+
+    def show(self, models: Models, load: Load, directory: Path) -> list[Path]:
+        """Draws what each model makes of the same eight pictures."""
+        batch = choose(load().validation, 8)
+        path = directory / "reconstructions.png"
+        draw({name: self.reconstruct(p, batch) for name, p in models.items()}, path)
+        return [path]
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
         """Sets the blocks in each iteration of the loops over them."""

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grain
@@ -118,6 +119,11 @@ def _import_datasets() -> Any:
 
 def _open_dataset(source: str) -> Any:
     """Opens a dataset: its splits by name."""
+    require(
+        not Path(source.removeprefix(_HUGGING_FACE)).is_file(),
+        f"data: {source} is one file, and validation takes another; make a directory "
+        "with a file train.* and a file validation.*, and pass --data hf:DIRECTORY",
+    )
     datasets = _import_datasets()
     name, _, subset = source.removeprefix(_HUGGING_FACE).partition(":")
     try:

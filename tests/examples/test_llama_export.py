@@ -44,6 +44,7 @@ from examples.llama.task import LlamaTask
 from examples.training.checkpoint import Checkpoints
 from examples.training.checks import InputError
 from examples.training.config import TrainConfig, to_json
+from examples.training.safetensors_files import save_tensors, split_tensors
 from examples.training.step import TrainState
 from examples.training.trained import Source
 from tests.examples.llama_fixtures import run_command
@@ -184,7 +185,7 @@ def test_the_files(exported):
 def test_large_models_are_divided_among_files(run, tmp_path):
     tensors = export.to_tensors(run.params)
     limit = 20_000
-    export.save_tensors(tensors, tmp_path, limit)
+    save_tensors(tensors, tmp_path, limit)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     count = len(files)
     assert count > 2
@@ -212,7 +213,7 @@ def test_large_models_are_divided_among_files(run, tmp_path):
 )
 def test_division(sizes, expected):
     tensors = {str(i): np.zeros(size, np.int8) for i, size in enumerate(sizes)}
-    shards = export.split_tensors(tensors, 3)
+    shards = split_tensors(tensors, 3)
     assert [[int(name) for name in shard] for shard in shards] == expected
 
 
@@ -297,7 +298,7 @@ def test_logits_of_transformers(
 def test_logits_of_a_model_in_several_files(transformers, run, exported, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).symlink_to(exported / name)
-    export.save_tensors(export.to_tensors(run.params), tmp_path, 20_000)
+    save_tensors(export.to_tensors(run.params), tmp_path, 20_000)
     whole = load_model(transformers, exported)
     divided = load_model(transformers, tmp_path)
     tokens = torch_tokens([[1, 2, 3]])

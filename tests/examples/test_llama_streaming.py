@@ -319,11 +319,11 @@ def test_a_dataset_of_one_file(stream_config, shards):
 def test_documents_that_cannot_be_read(
     tokenizer, stream_config, tokenizer_file, tmp_path, monkeypatch
 ):
-    def texts(dataset, column):
+    def texts(dataset, read):
         yield "some text"
         raise ConnectionError("the network is down")
 
-    monkeypatch.setattr("examples.llama.data.streaming._texts", texts)
+    monkeypatch.setattr("examples.llama.data.streaming.read_rows", texts)
     given = str(tokenizer_file) if tokenizer else ""
     config = replace(stream_config, tokenizer=given, cache_dir=tmp_path)
     with pytest.raises(InputError, match=r"data: cannot read hf:.* \(the network is"):
@@ -368,7 +368,7 @@ def test_too_few_documents_for_the_processes(datasets, stream_config, tmp_path):
     write_shard(tmp_path / "train.json.gz", TRAINING[:2])
     write_shard(tmp_path / "validation.json.gz", VALIDATION)
     config = replace(stream_config, data=(f"hf:{tmp_path}",), batch_size=3)
-    with pytest.raises(InputError, match="data: too few documents in train for 3 proc"):
+    with pytest.raises(InputError, match=r"data: too few rows .* in hf:.* for 3 proc"):
         load_data(config, 300, 0, 2, 3)
 
 

@@ -476,21 +476,16 @@ def test_processes_share_the_rows_of_each_batch(name, request, capsys):
 
 
 def test_worker_processes_change_nothing(config):
-    plain = load_data(config, SIZE, 0).train
-    workers = load_data(replace(config, workers=2), SIZE, 0).train
-    iterators = iter(plain), iter(workers)
-    for _ in range(5):
-        assert_equal(next(iterators[0]), next(iterators[1]))
-    states = [iterator.get_state() for iterator in iterators]
-    assert states[0] == states[1]
-    expected = next(iterators[0])
-    iterators[1].close()
-    other = iter(workers)
-    other.set_state(json.loads(json.dumps(states[0])))
-    assert_equal(next(other), expected)
-    other.set_state(states[0])
-    assert_equal(next(other), expected)
-    other.close()
+    plain = iter(load_data(config, SIZE, 0).train)
+    workers = iter(load_data(replace(config, workers=2), SIZE, 0).train)
+    assert workers.get_state() == plain.get_state()
+    for _ in range(3):
+        next(plain)
+    workers.set_state(json.loads(json.dumps(plain.get_state())))
+    for _ in range(6):
+        assert_equal(next(workers), next(plain))
+        assert workers.get_state() == plain.get_state()
+    workers.close()
 
 
 # Errors

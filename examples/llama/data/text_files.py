@@ -343,7 +343,7 @@ def train_batches(
     dataset = grain.MapDataset.source(windows).shuffle(seed).repeat()
     # Rows p, p + P, ... of what is one batch of one process.
     dataset = dataset[process_index::process_count]
-    dataset = dataset.batch(config.batch_size // process_count)
+    dataset = dataset.batch(config.batch_size // process_count, drop_remainder=True)
     return dataset.to_iter_dataset(_READ_OPTIONS)
 
 

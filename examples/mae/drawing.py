@@ -1,0 +1,105 @@
+"""A picture of pictures: what models make of what they see."""
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from examples.mae.model import Reconstruction
+from examples.mae.pictures import Example
+
+_COLUMNS = 8
+"""Pictures that stand side by side at most; others follow below."""
+_SIDE = 128
+"""About as many pixels, along each side, a smaller picture is enlarged to."""
+_DPI = 128
+"""A power of two, so that a number of pixels is an exact number of inches."""
+_FONT_SIZE = 9
+"""In points, where a picture is an inch wide."""
+_FRAME = 204
+_WHITE = 255
+
+
+def choose(validation: Example, count: int) -> Example:
+    """Takes examples at equal distances from all batches.
+
+    Args:
+        validation: the batches, ``[batches, B, ...]``.
+        count: how many to take.
+
+    Returns:
+        ``[count, ...]``, or all where there are fewer.
+    """
+    rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in validation.items()}
+    total = len(rows["seed"])
+    chosen = np.linspace(0, total - 1, min(count, total)).astype(int)
+    return {name: x[chosen] for name, x in rows.items()}
+
+
+def draw(models: Mapping[str, Reconstruction], path: Path) -> None:
+    """Writes a PNG: pictures, below them what was seen, and what each model made of it.
+
+    Small pictures are enlarged by a whole factor, without smoothing.
+
+    Args:
+        models: what each made of the same pictures and masks, by its name.
+        path: of the file.
+    """
+    first = next(iter(models.values()))
+    rows = {"original": first.original, "what the encoder saw": first.seen}
+    rows |= {name: made.filled for name, made in models.items()}
+    pictures = np.stack([np.asarray(row) for row in rows.values()])
+    scale = max(1, round(_SIDE / pictures.shape[2]))
+    pictures = pictures.repeat(scale, axis=2).repeat(scale, axis=3)
+    side = pictures.shape[2]
+    gap = side // 16
+    bands = _arrange(pictures, gap)
+
+    count, band_height, sheet_width, _ = bands.shape
+    width, height = side + sheet_width, count * band_height
+    figure = Figure(figsize=(width / _DPI, height / _DPI))
+    figure.figimage(bands.reshape(height, sheet_width, 3), xo=side, origin="upper")
+    row_height = (band_height - gap) / len(rows)
+    for band in range(count):
+        for row, name in enumerate(rows):
+            center = band * band_height + (row + 0.5) * row_height
+            figure.text(
+                (side - gap / 2) / width,
+                1 - center / height,
+                textwrap.fill(name, 14),
+                fontsize=_FONT_SIZE * side / _DPI,
+                horizontalalignment="right",
+                verticalalignment="center",
+            )
+    figure.savefig(path, dpi=_DPI, format="png")
+
+
+def _arrange(pictures: np.ndarray, gap: int) -> np.ndarray:
+    """Puts pictures side by side, in a thin frame each.
+
+    Args:
+        pictures: ``[rows, N, S, S, 3]``.
+        gap: pixels between two of them, and below the last.
+
+    Returns:
+        ``[bands, height, width, 3]``: in each band all rows of some of them.
+    """
+    rows, count, *_ = pictures.shape
+    columns = min(count, _COLUMNS)
+    pictures = _pad(pictures, 1, 1, _FRAME, (2, 3))
+    pictures = _pad(pictures, gap // 2, gap - gap // 2, _WHITE, (2, 3))
+    pictures = _pad(pictures, 0, -count % columns, _WHITE, (1,))
+    side = pictures.shape[2]
+    bands = pictures.reshape(rows, -1, columns, side, side, 3)
+    bands = bands.transpose(1, 0, 3, 2, 4, 5)
+    bands = bands.reshape(-1, rows * side, columns * side, 3)
+    return _pad(bands, 0, gap, _WHITE, (1,))
+
+
+def _pad(
+    x: np.ndarray, before: int, after: int, value: int, axes: tuple[int, ...]
+) -> np.ndarray:
+    widths = [(before, after) if i in axes else (0, 0) for i in range(x.ndim)]
+    return np.pad(x, widths, constant_values=value)

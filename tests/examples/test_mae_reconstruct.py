@@ -1,0 +1,216 @@
+"""Pictures of what a trained autoencoder makes of what it sees."""
+
+import jax
+import numpy as np
+import pytest
+
+for _module in ("grain", "matplotlib", "orbax.checkpoint", "PIL", "tyro"):
+    pytest.importorskip(_module, reason="needs the extra [examples]")
+
+# ruff: noqa: E402
+
+from PIL import Image
+
+from examples.mae.config import DataConfig
+from examples.mae.drawing import choose, draw
+from examples.mae.model import Reconstruction, mask_noise, patchify, random_mask
+from examples.mae.task import MAETask
+from examples.training.task import Data
+from tests.examples.mae_fixtures import (
+    MODEL,
+    random_images,
+    random_params,
+    run_command,
+    write_pictures,
+    write_run,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_optimization():
+    """These programs run for less time than it takes to optimize them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def read(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def find(sheet, kinds, count, size):
+    """Cuts the pictures out of a drawing, ``[kinds, count, size, size, 3]``.
+
+    Everything around them is white but for a frame, and the names on the left.
+    """
+    scale = max(1, round(128 / size))
+    side = scale * size
+    gap = side // 16
+    columns, bands = min(count, 8), -(-count // 8)
+    tile = side + 2 + gap
+    height, width = bands * (kinds * tile + gap), side + columns * tile
+    assert sheet.shape == (height, width, 3)
+    found = np.zeros((kinds, count, size, size, 3), np.uint8)
+    rest = sheet.copy()
+    for kind in range(kinds):
+        for i in range(count):
+            band, column = divmod(i, 8)
+            top = band * (kinds * tile + gap) + kind * tile + gap // 2
+            left = side + column * tile + gap // 2
+            rest[top : top + side + 2, left : left + side + 2] = 255
+            cell = sheet[top + 1 :, left + 1 :][:side, :side]
+            found[kind, i] = cell[::scale, ::scale]
+            enlarged = found[kind, i].repeat(scale, 0).repeat(scale, 1)
+            np.testing.assert_array_equal(cell, enlarged)
+    assert (rest[:, side:] == 255).all()
+    for band in np.split(rest[:, :side], bands):
+        for name in np.split(band[: kinds * tile], kinds):
+            assert (name < 128).any()
+    for end in (0, -1):
+        assert (rest[:, end] == 255).all()
+    return found
+
+
+# Drawing
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 11])
+@pytest.mark.parametrize("size", [16, 32, 100, 224])
+def test_pictures_are_enlarged_without_smoothing(size, count, tmp_path):
+    rows = random_images(4 * count, size).reshape(4, count, size, size, 3)
+    original, seen, *filled = rows
+    names = "AdamW", "cautious Adafactor"
+    models = {n: Reconstruction(original, seen, x) for n, x in zip(names, filled)}
+    draw(models, tmp_path / "drawn.png")
+    np.testing.assert_array_equal(
+        find(read(tmp_path / "drawn.png"), 4, count, size), rows
+    )
+
+
+def test_examples_are_chosen_at_equal_distances():
+    numbers = np.arange(12, dtype=np.uint32)
+    validation = {
+        "image": np.broadcast_to(numbers[:, None, None, None], (12, 4, 4, 3)),
+        "seed": numbers,
+    }
+    validation = {k: x.reshape(3, 4, *x.shape[1:]) for k, x in validation.items()}
+    for count, expected in (
+        (1, [0]),
+        (2, [0, 11]),
+        (4, [0, 3, 7, 11]),
+        (12, list(range(12))),
+        (20, list(range(12))),
+    ):
+        chosen = choose(validation, count)
+        assert chosen["seed"].tolist() == expected
+        assert chosen["image"].shape == (len(expected), 4, 4, 3)
+        assert chosen["image"][:, 0, 0, 0].tolist() == expected
+
+
+# A comparison
+
+
+def make_data():
+    """Two batches of six to validate on."""
+    images = random_images(12, 20).reshape(2, 6, 20, 20, 3)
+    seeds = np.arange(12, dtype=np.uint32).reshape(2, 6)
+    return Data(None, {"image": images, "seed": seeds}, "")
+
+
+def test_models_side_by_side(tmp_path):
+    task = MAETask(MODEL)
+    models = {name: random_params(MODEL, i) for i, name in enumerate(("one", "other"))}
+    (path,) = task.show(models, make_data, tmp_path)
+    assert path == tmp_path / "reconstructions.png"
+    assert list(tmp_path.iterdir()) == [path]
+
+    original, seen, *filled = find(read(path), 4, 8, 20)
+    examples = choose(make_data().validation, 8)
+    np.testing.assert_array_equal(original, examples["image"])
+    noise = mask_noise(examples["seed"], MODEL.patches)
+    masked = np.asarray(random_mask(noise, MODEL.visible).masked)
+    patches = {
+        name: patchify(x, 4)
+        for name, x in zip(("original", "seen", *models), (original, seen, *filled))
+    }
+    for shown in patches.values():
+        np.testing.assert_array_equal(shown[~masked], patches["original"][~masked])
+    assert (patches["seen"][masked] == 128).all()
+    for name, params in models.items():
+        expected = patchify(task.reconstruct(params, examples).filled, 4)
+        np.testing.assert_array_equal(patches[name], expected)
+    assert (patches["one"] != patches["other"]).any()
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("pictures")
+    write_pictures(directory, 24, 20)
+    data = DataConfig(
+        data=(str(directory),),
+        batch_size=5,
+        validation_batches=2,
+        validation_fraction=0.5,
+    )
+    return MAETask(MODEL, data)
+
+
+@pytest.fixture(scope="module")
+def run_dir(task, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    write_run(directory, task, {2: 0.5, 3: 0.3, 7: 0.4})
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "count"),
+    [
+        ([], 7, 8),
+        (["--step", 2, "--pictures", 3], 2, 3),
+        (["--best", "--pictures", 64], 3, 10),
+    ],
+)
+def test_the_command(options, step, count, task, run_dir, tmp_path, capsys):
+    path = tmp_path / "new" / "drawn.png"
+    run_command("reconstruct", "--run-dir", run_dir, "--output", path, *options)
+    said = f"Drew {count} pictures with the model of step {step} to {path}."
+    assert said in capsys.readouterr().out
+
+    examples = choose(task.load(0, 0, 1).validation, count)
+    made = task.reconstruct(random_params(MODEL, step), examples)
+    found = find(read(path), 3, count, 20)
+    for drawn, expected in zip(found, made):
+        np.testing.assert_array_equal(drawn, expected)
+
+
+def test_the_picture_is_written_where_the_command_is_given(
+    run_dir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    run_command("reconstruct", "--run-dir", run_dir)
+    assert [path.name for path in tmp_path.iterdir()] == ["reconstructions.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pictures", 0], "pictures is 0: it has to be at least 1 and at most 64"),
+        (["--pictures", 65], "pictures is 65: it has to be at least 1 and at most 64"),
+        (["--output", "x.jpg"], "output: x.jpg is no PNG; name a file with .png"),
+        (["--output", "file/x.png"], "output: cannot make file"),
+        (["--output", "taken.png"], "output: cannot write taken.png .* a directory"),
+        (["--step", 4], "step: there is no checkpoint of step 4 in .* one of 2, 3, 7"),
+        (["--run-dir", "none"], "run_dir: none holds no run"),
+    ],
+)
+def test_what_cannot_be_drawn(options, message, run_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        run_command("reconstruct", "--run-dir", run_dir, *options)

@@ -1,0 +1,594 @@
+"""What comes across a training: typos, Ctrl-C, kills, and asking for more steps."""
+
+import errno
+import itertools
+import os
+import re
+import shutil
+import signal
+import threading
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+for _module in (
+    "filelock",
+    "grain",
+    "orbax.checkpoint",
+    "tensorboardX",
+    "tokenizers",
+    "tyro",
+):
+    pytest.importorskip(_module, reason="needs the extra [examples]")
+
+# ruff: noqa: E402
+
+from examples.llama.config import DataConfig
+from examples.llama.task import LlamaTask
+from examples.training import command_line, loop, run_dir
+from examples.training.checkpoint import Checkpoints
+from examples.training.checks import InputError, human_size
+from examples.training.config import TrainConfig, to_json
+from examples.training.engine import Engine, make_engine
+from examples.training.loop import training
+from examples.training.optimizers import RULE, OptimizerConfig
+from examples.training.processes import preemption
+from examples.training.trained import Source, load_trained
+from tests.examples.llama_fixtures import (
+    MODEL,
+    Command,
+    changed,
+    little_compilation,
+    programs_compiled_once,
+    read_log,
+    run_command,
+    train,
+    write_documents,
+)
+
+STEPS, MORE = 6, 12
+FALLS = 3
+"""Where the learning rate begins to fall in a run of ``STEPS`` that ends so."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("compiled")
+    with little_compilation(directory), programs_compiled_once():
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run at a constant learning rate."""
+    documents = write_documents(tmp_path_factory.mktemp("documents"))
+    data = DataConfig(
+        data=(str(documents),),
+        cache_dir=tmp_path_factory.mktemp("cache"),
+        sequence_length=16,
+        batch_size=8,
+        validation_batches=1,
+    )
+    optimizer = OptimizerConfig(
+        learning_rate=1e-2, schedule="constant", warmup_fraction=0
+    )
+    return TrainConfig(
+        LlamaTask(MODEL, data),
+        optimizer,
+        steps=STEPS,
+        log_every=2,
+        eval_every=2,
+        checkpoint_every=2,
+        keep=1,
+        mesh=(1, 1, 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def falling(config):
+    """A run whose learning rate falls at its end."""
+    return changed(
+        config, optimizer={"schedule": "warmup-stable-decay", "decay_fraction": 0.5}
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    """A run that is finished."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    train(config, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def fallen(falling, tmp_path_factory):
+    """A run that is finished, and whose learning rate has fallen."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    train(falling, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def longer(config, tmp_path_factory):
+    """The log of twice as many steps in one go."""
+    return train(replace(config, steps=MORE), tmp_path_factory.mktemp("longer"))
+
+
+@pytest.fixture(scope="module")
+def longer_falling(falling, tmp_path_factory):
+    return train(replace(falling, steps=MORE), tmp_path_factory.mktemp("longer"))
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def steps_in(directory):
+    return sorted(map(int, names(directory)))
+
+
+def as_arguments(config, directory, run_dir):
+    file = directory / "options.json"
+    file.write_text(to_json(config))
+    return ["--config-file", file, "--run-dir", run_dir]
+
+
+# Before the first step
+
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupt_twice(*_):
+    interrupt()
+    interrupt()
+
+
+def fail(*_):
+    raise RuntimeError("the compiler has run out of memory")
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_a_command_that_cannot_run_leaves_nothing(
+    there, config, tmp_path, monkeypatch, longer
+):
+    run_dir = tmp_path / "run"
+    if there:
+        run_dir.mkdir()
+    (tmp_path / "short.txt").write_text("too little")
+    wrong = {
+        "data: ": changed(config, data={"data": (str(tmp_path / "typo"),)}),
+        "validation_fraction|data: ": changed(
+            config, data={"data": (str(tmp_path / "short.txt"),)}
+        ),
+        "mesh": replace(config, mesh=(3, 3, 1)),
+        "from: there is no checkpoint": replace(config, from_run=tmp_path / "none"),
+    }
+    for message, other in wrong.items():
+        with pytest.raises(InputError, match=message):
+            next(training(other, run_dir))
+        assert not run_dir.exists()
+    for name in ("compile", "put_batch", "make_state"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, name, fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                next(training(config, run_dir))
+        assert not run_dir.exists()
+    assert train(config, run_dir) == longer[:STEPS]
+
+
+def test_a_run_killed_before_its_first_step_is_begun_anew(
+    config, longer, cache, tmp_path
+):
+    """With other settings, too, and although nobody has taken away its lock."""
+    run_dir = tmp_path / "run"
+    other = changed(config, optimizer={"learning_rate": 2e-2}, seed=1)
+    kill = "os.rename", "metrics.partial", 1, int(signal.SIGKILL)
+    code, output = Command(other, tmp_path, cache).run_until(kill, run_dir)
+    assert code == -signal.SIGKILL, output
+    assert {"config.json", "run.lock"} <= {*names(run_dir)}
+    assert train(config, run_dir) == longer[:STEPS]
+    assert "run.lock" not in names(run_dir)
+
+
+def test_a_second_program_is_kept_out(config, longer, tmp_path):
+    run_dir = tmp_path / "run"
+    first = training(config, run_dir)
+    records = next(first)
+    there = names(run_dir)
+    with pytest.raises(InputError, match=r"^run_dir: another program trains in .*run;"):
+        next(training(config, run_dir))
+    assert names(run_dir) == there
+    records += itertools.chain.from_iterable(first)
+    assert [r["loss"] for r in records] == [r["loss"] for r in longer[:STEPS]]
+
+
+def test_a_second_program_is_kept_out_before_the_first_step(
+    config, tmp_path, monkeypatch
+):
+    run_dir = tmp_path / "run"
+
+    def load(config):
+        with pytest.raises(InputError, match=r"^run_dir: another program trains in"):
+            next(training(config, run_dir))
+        assert names(run_dir) == ["run.lock"]
+        raise InputError("data: no")
+
+    monkeypatch.setattr(loop, "load_run_data", load)
+    with pytest.raises(InputError, match="data: no"):
+        next(training(config, run_dir))
+    assert not run_dir.exists()
+
+
+# Ctrl-C
+
+
+def before(function, *others):
+    """Does something else before each call of a function."""
+
+    def both(*arguments):
+        for other in others:
+            other()
+        return function(*arguments)
+
+    return both
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(loop, "load_run_data"), (Engine, "compile")]
+)
+def test_ctrl_c_before_the_first_step_waits_for_it(
+    owner, name, config, longer, tmp_path, monkeypatch, capfd
+):
+    run_dir = tmp_path / "run"
+    arguments = as_arguments(config, tmp_path, run_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, before(getattr(owner, name), interrupt))
+        run_command("train", arguments)
+    said = capfd.readouterr()
+    assert "Ctrl-C once more ends at once" in said.err
+    assert "Stopped: step 1 is saved, and the same command goes on." in said.out
+    assert steps_in(run_dir / "checkpoints") == [1]
+    run_command("train", arguments)
+    assert read_log(run_dir) == longer[:STEPS]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(loop, "load_run_data"), (Engine, "compile")]
+)
+def test_ctrl_c_twice_before_the_first_step_leaves_nothing(
+    owner, name, config, tmp_path, monkeypatch, capfd
+):
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr(owner, name, before(getattr(owner, name), interrupt_twice))
+    with pytest.raises(SystemExit) as ended:
+        run_command("train", as_arguments(config, tmp_path, run_dir))
+    assert ended.value.code == 130
+    assert not run_dir.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert capfd.readouterr().err.endswith("\nInterrupted.\n")
+
+
+_INTERRUPTED_TWICE = """
+import os, signal
+from examples.training import log
+write = log.Log.write
+def interrupted(*arguments):
+    write(*arguments)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+log.Log.write = interrupted
+import runpy
+runpy.run_module("examples.llama", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_ctrl_c_twice_ends_at_once(config, longer, cache, tmp_path):
+    run_dir = tmp_path / "run"
+    command = Command(config, tmp_path, cache)
+    code, output = command.run(run_dir, program=("-c", _INTERRUPTED_TWICE))
+    assert code == 130, output
+    assert output.endswith("\nInterrupted.\n")
+    for word in ("Traceback", "Exception ignored", "Error"):
+        assert word not in output
+    assert read_log(run_dir) == longer[:2]
+    # What was written before the first checkpoint is made again.
+    assert train(config, run_dir) == longer[:STEPS]
+
+
+def test_ctrl_c_is_asked_for_after_each_step_and_then_as_before(capfd):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with preemption() as stop:
+        assert not stop(1)
+        interrupt()
+        assert stop(2)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert "Stopping after this step" in capfd.readouterr().err
+
+
+def test_ctrl_c_also_ends_what_reads_the_output(config, longer, tmp_path, monkeypatch):
+    """As ``| tee`` does: writing fails by then, and the run is to be saved."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    kept = os.dup(2)
+    os.dup2(writing, 2)
+    try:
+        with preemption() as stop:
+            interrupt()
+            assert stop(1)
+    finally:
+        os.dup2(kept, 2)
+        for number in (kept, writing):
+            os.close(number)
+
+
+# More steps
+
+
+def test_a_cosine_cannot_be_made_longer(config, run, tmp_path):
+    run_dir = shutil.copytree(run, tmp_path / "run")
+    file = run_dir / "config.json"
+    file.write_text(file.read_text().replace('"constant"', '"cosine"'))
+    cosine = changed(config, optimizer={"schedule": "cosine"})
+    written = file.read_text()
+    message = rf"^steps: .* of {STEPS} steps, .*\(cosine\) .*: --from {run_dir} --run-d"
+    for steps in (STEPS - 1, MORE):
+        with pytest.raises(InputError, match=message):
+            next(training(replace(cosine, steps=steps), run_dir))
+    assert file.read_text() == written
+
+
+def test_a_constant_rate_goes_on(config, run, longer, tmp_path):
+    run_dir = shutil.copytree(run, tmp_path / "run")
+    assert read_log(run_dir) == longer[:STEPS]
+    assert train(replace(config, steps=MORE), run_dir) == longer
+    assert read_log(run_dir) == longer
+    assert "decayed_checkpoints" not in names(run_dir)
+
+
+def test_a_rate_that_has_fallen_goes_on_from_before(
+    falling, fallen, longer_falling, tmp_path, capsys
+):
+    run_dir = shutil.copytree(fallen, tmp_path / "run")
+    assert steps_in(run_dir / "checkpoints") == [FALLS, STEPS]
+    rates = [r["learning_rate"] for r in read_log(run_dir)]
+    assert rates[:FALLS] == [pytest.approx(1e-2)] * FALLS
+    assert rates[-1] < 0.6e-2
+    assert train(replace(falling, steps=MORE), run_dir) == longer_falling
+    assert read_log(run_dir) == longer_falling
+    assert steps_in(run_dir / "decayed_checkpoints") == [STEPS]
+    assert f"step {STEPS} is moved to {run_dir}/decayed_che" in capsys.readouterr().out
+
+
+class Killed(BaseException):
+    """Raised where a program is killed."""
+
+
+def kill(*_):
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (run_dir, "_write_whole"),
+        (run_dir.shutil, "move"),
+        (Checkpoints, "restore"),
+        (Engine, "compile"),
+    ],
+)
+def test_a_run_killed_when_it_is_made_longer(
+    owner, name, falling, fallen, longer_falling, tmp_path, monkeypatch
+):
+    run_dir = shutil.copytree(fallen, tmp_path / "run")
+    more = replace(falling, steps=MORE)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, kill)
+        with pytest.raises(Killed):
+            train(more, run_dir)
+    assert train(more, run_dir) == longer_falling
+    assert read_log(run_dir) == longer_falling
+
+
+def test_the_length_is_changed_before_the_end(
+    falling, longer_falling, tmp_path, monkeypatch
+):
+    """The shorter of the two schedules says what both share."""
+    run_dir = tmp_path / "run"
+    more = replace(falling, steps=MORE)
+    # At a step that the longer run takes before its rate falls, the shorter after.
+    train(more, run_dir, stop=lambda step: step == FALLS + 1)
+    records = train(falling, run_dir)
+    assert records == train(falling, tmp_path / "whole")
+    assert records[:FALLS] == longer_falling[:FALLS]
+
+
+def test_fewer_steps_than_were_taken(config, falling, run, fallen):
+    for settings, directory in ((config, run), (falling, fallen)):
+        with pytest.raises(
+            InputError, match=rf"^steps: the run in .* has taken {STEPS} steps already"
+        ):
+            next(training(replace(settings, steps=STEPS - 1), directory))
+    assert steps_in(fallen / "checkpoints") == [FALLS, STEPS]
+
+
+def test_no_checkpoint_from_before_the_rate_fell(falling, fallen, tmp_path):
+    run_dir = shutil.copytree(fallen, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints" / str(FALLS))
+    with pytest.raises(InputError, match=rf"^steps: .* before step {FALLS + 1}.* --fr"):
+        next(training(replace(falling, steps=MORE), run_dir))
+    assert steps_in(run_dir / "checkpoints") == [STEPS]
+
+
+def test_a_warm_up_that_would_be_longer_than_the_run(config, tmp_path, run):
+    run_dir = shutil.copytree(run, tmp_path / "run")
+    file = run_dir / "config.json"
+    text = file.read_text()
+    file.write_text(text.replace('"warmup_fraction": 0', '"warmup_fraction": 0.5'))
+    other = changed(config, optimizer={"warmup_fraction": 0.5}, steps=100)
+    with pytest.raises(InputError, match=r"^steps: .* 100 steps .* would take 50, and"):
+        next(training(other, run_dir))
+
+
+# The weights of another run
+
+
+@pytest.fixture(scope="module")
+def begun(config, run):
+    """A run that begins with the weights of another."""
+    return replace(config, from_run=run, steps=4)
+
+
+@pytest.fixture(scope="module")
+def begun_log(begun, tmp_path_factory):
+    return train(begun, tmp_path_factory.mktemp("begun") / "run")
+
+
+def test_a_run_begins_with_the_weights_of_another(begun, begun_log, run):
+    params = load_trained(Source(run), LlamaTask).params
+    batch = next(iter(loop.load_run_data(begun).train))
+    expected = float(begun.task.loss(params, batch))
+    assert begun_log[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert [r["step"] for r in begun_log] == [1, 2, 3, 4]
+    engine = make_engine(begun)
+    new, other = engine.make_state(params), engine.make_state()
+    jax.tree.map(np.testing.assert_array_equal, new.params, params)
+    jax.tree.map(np.testing.assert_array_equal, new.opt_state, other.opt_state)
+
+
+def test_it_goes_on_where_the_other_is_gone(begun, begun_log, run, tmp_path):
+    run_dir, gone = tmp_path / "run", run.with_name("gone")
+    train(begun, run_dir, stop=lambda step: step == 1)
+    run.rename(gone)
+    try:
+        assert train(begun, run_dir) == begun_log
+        with pytest.raises(InputError, match=r"^from: there is no checkpoint in .*run"):
+            next(training(begun, tmp_path / "new"))
+    finally:
+        gone.rename(run)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "model", [{"hidden_size": 64}, {"num_layers": 3}, {"intermediate_size": 40}]
+)
+def test_the_weights_of_another_model(model, begun, tmp_path):
+    other = changed(begun, model=model)
+    with pytest.raises(InputError, match=r"^from: the run in .* is of another model: "):
+        next(training(other, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_damaged(begun, run, tmp_path):
+    damaged = shutil.copytree(run, tmp_path / "damaged")
+    (damaged / "checkpoints" / str(STEPS) / "state" / "_METADATA").write_bytes(b"")
+    with pytest.raises(InputError, match=r"^from: .*step 6 .* is damaged"):
+        next(training(replace(begun, from_run=damaged), tmp_path / "run"))
+
+
+# What the program says
+
+
+def test_a_run_is_finished_and_was_finished_before(config, longer, tmp_path, capsys):
+    """Also where all steps are taken before the log is written."""
+    run_dir = tmp_path / "run"
+    arguments = as_arguments(config, tmp_path, run_dir)
+    arguments += ["--steps", "2"]
+    loss = f"validation loss {longer[1]['validation_loss']:.4f}"
+    for over in ("is finished", "was finished before"):
+        run_command("train", arguments)
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith(f"The run {over}: step      2   {loss}")
+        assert last.endswith(f", in {run_dir}")
+    # Of one that was killed in its last save, the steps are taken again.
+    shutil.rmtree(run_dir / "checkpoints" / "2")
+    (run_dir / "checkpoints" / "1").mkdir()
+    (run_dir / "checkpoints" / "1").rmdir()
+
+
+def test_a_high_learning_rate_is_said_at_the_start(config, run, tmp_path, capsys):
+    for rate, high in ((0.3, False), (10.0, True)):
+        hot = changed(config, optimizer={"learning_rate": rate})
+        # It is said before anything is looked at.
+        with pytest.raises(SystemExit):
+            run_command("train", as_arguments(hot, tmp_path, run))
+        said = capsys.readouterr().out
+        assert ("A learning rate of 10 is high: " in said) == high
+
+
+@pytest.mark.parametrize("option", [["--stepps", "3"], ["--preset", "big"]])
+def test_an_error_names_the_command(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command("train", option)
+    assert ended.value.code == 2
+    assert "run python -m examples.llama train --help" in capsys.readouterr().err
+
+
+def test_help_has_the_defaults_of_caution(capsys):
+    with pytest.raises(SystemExit):
+        run_command("train", ["--help"])
+    text = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
+    assert text.startswith("usage: python -m examples.llama train ")
+    for name in RULE:
+        default = getattr(OptimizerConfig(), name)
+        option = f"--{name.replace('_', '-')}"
+        (shown,) = re.findall(rf"{option} .*?\(default: (\S+)\)", text)
+        assert shown == str(default)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (56_789, "56.8 kB"),
+        (1_234_567, "1.23 MB"),
+        (2.5e9, "2.5 GB"),
+    ],
+)
+def test_sizes(size, text):
+    assert human_size(size) == text
+
+
+def test_a_full_disk_is_said_once(monkeypatch, capsys):
+    errors = []
+    monkeypatch.setattr(
+        threading, "excepthook", lambda args: errors.append(args.exc_value)
+    )
+
+    def fill():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def wrap():
+        try:
+            fill()
+        except OSError as error:
+            raise RuntimeError("cannot write") from error
+
+    def run():
+        for target in (fill, wrap, fail):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+        wrap()
+
+    with pytest.raises(SystemExit, match=r"^error: there is no space left on the disk"):
+        command_line._or_exit(run)
+    assert [str(error) for error in errors] == ["the compiler has run out of memory"]
+    assert capsys.readouterr().err == ""
+
+
+# Traces
+
+
+def test_a_trace_changes_nothing(config, longer, tmp_path):
+    run_dir = tmp_path / "run"
+    assert train(config, run_dir, profile=1) == longer[:STEPS]
+    assert read_log(run_dir) == longer[:STEPS]
+    (trace,) = (run_dir / "tensorboard" / "plugins" / "profile").iterdir()
+    assert any(trace.iterdir())
