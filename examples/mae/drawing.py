@@ -68,7 +68,7 @@ def draw(models: Mapping[str, Reconstruction], path: Path) -> None:
             figure.text(
                 (side - gap / 2) / width,
                 1 - center / height,
-                textwrap.fill(name, 14),
+                textwrap.fill(name, 12, break_long_words=False),
                 fontsize=_FONT_SIZE * side / _DPI,
                 horizontalalignment="right",
                 verticalalignment="center",

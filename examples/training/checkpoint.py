@@ -123,6 +123,8 @@ class Checkpoints:
             if state is not None:
                 for other, of_other in damaged.items():
                     self._set_aside(other, of_other)
+                for later in [s for s in self._losses if s > step]:
+                    del self._losses[later]  # It is taken again.
                 return Restored(step, state)
             damaged[step] = why
         reasons = "; ".join(f"of step {step}: {why}" for step, why in damaged.items())
@@ -238,7 +240,10 @@ def load_params(run_dir: Path, like: Params) -> Params:
     directory = run_dir / CHECKPOINTS_NAME
     steps = saved_steps(directory)
     require(bool(steps), f"from: there is no checkpoint in {directory}")
-    params = restore_params(directory, steps[-1], like)
+    try:
+        params = restore_params(directory, steps[-1], like)
+    except InputError as error:
+        raise InputError(f"from: cannot read the weights; {error}") from error
     for (path, leaf), there in zip(
         jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(params), strict=True
     ):

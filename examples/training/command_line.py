@@ -132,10 +132,9 @@ def _with_start(
     start: Any = experiment.start
     started, _ = tyro.cli(
         start,
-        args=args,
+        args=[arg for arg in args if arg not in ("-h", "--help")],
         prog=prog,
         config=_OPTIONS,
-        add_help=False,
         return_unknown_args=True,
     )
     config = experiment.starting_config(started)

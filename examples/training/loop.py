@@ -32,7 +32,6 @@ from examples.training.run_dir import (
     open_run,
     require_shared,
     require_space,
-    set_aside_after,
     write_run,
 )
 from examples.training.step import Aligned, TrainState
@@ -68,7 +67,8 @@ def training(
         with together():
             stack.enter_context(occupied(run_dir))
         with together():
-            records, limit = open_run(config, run_dir)
+            opened = open_run(config, run_dir)
+        records = opened.records
         if is_over(records, config.steps) and is_saved(records, run_dir):
             yield records
             return
@@ -82,11 +82,9 @@ def training(
                 data = load_run_data(config)
         require_same_data(data)
         with together():
-            write_run(config, data, run_dir, records)
+            write_run(config, data, run_dir, opened)
         with together():
             require_shared(run_dir)
-        if limit is not None and jax.process_index() == 0:
-            set_aside_after(limit, run_dir)
 
         batches = iter(data.train)
         losses = {

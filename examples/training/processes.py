@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +98,10 @@ def preemption() -> Iterator[Callable[[int], bool]]:
 
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGINT, before[signal.SIGINT])
-        print("\nStopping after this step; Ctrl-C once more ends at once.", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
+        # It may have come in the middle of a print, and to the reader of a pipe, too.
+        with suppress(OSError):
+            os.write(2, b"\nStopping after this step; Ctrl-C once more ends at once.\n")
 
     handlers: dict[signal.Signals, Any] = {signal.SIGINT: interrupt}
     several = jax.process_count() > 1

@@ -7,7 +7,7 @@ and the checkpoints. Of a run that has not taken a step, nothing is left there.
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ def occupied(run_dir: Path) -> Iterator[None]:
                 _remove(set(run_dir.iterdir()) - before)
             (run_dir / LOCK_NAME).unlink(missing_ok=True)
             lock.release()
-        if run_dir.is_dir() and not any(run_dir.iterdir()):
+        with suppress(OSError):  # Of a directory with something in it.
             run_dir.rmdir()
 
 
@@ -132,8 +132,9 @@ def _shared_steps(
     Raises:
         InputError: where they share too little.
     """
-    limit = shared_steps(before.optimizer, before.steps)
-    if limit is None:
+    shared = shared_steps(config.optimizer, config.steps)
+    there = shared_steps(before.optimizer, before.steps)
+    if shared is None or there is None:
         raise InputError(
             f"steps: the run in {run_dir} is one of {before.steps} steps, and its "
             f"learning rate ({before.optimizer.schedule}) ends there. To train on, "
@@ -141,24 +142,29 @@ def _shared_steps(
             f"--steps {config.steps}; or choose --schedule constant or "
             "warmup-stable-decay for runs that can be made longer"
         )
-    taken = min(limit, len(records))
     require(
-        config.steps >= taken,
-        f"steps: the run in {run_dir} has taken {taken} steps already; give as many "
-        "or more",
+        config.steps >= len(records),
+        f"steps: the run in {run_dir} has taken {len(records)} steps already; give as "
+        "many or more",
     )
+    limit = min(shared, there)
     steps = [s for s in saved_steps(run_dir / CHECKPOINTS_NAME) if s <= limit]
+    require(
+        bool(steps),
+        f"steps: a run of {config.steps} steps shares the first {limit} with the one "
+        f"in {run_dir}, and there is no checkpoint of those; choose another --run-dir",
+    )
     warmup = int(config.optimizer.warmup_fraction * config.steps)
     require(
-        bool(steps) and steps[-1] >= warmup,
+        steps[-1] >= warmup,
         f"steps: with {config.steps} steps the warm-up would take {warmup}, and the "
-        f"newest checkpoint that can be shared is that of step "
-        f"{steps[-1] if steps else 0}; give fewer --steps",
+        f"newest checkpoint that can be shared is that of step {steps[-1]}; give fewer "
+        "--steps",
     )
     return limit
 
 
-def set_aside_after(limit: int, run_dir: Path) -> None:
+def _set_aside_after(limit: int, run_dir: Path) -> None:
     """Moves the checkpoints of a learning rate that fell out of the way."""
     directory = run_dir / CHECKPOINTS_NAME
     for step in saved_steps(directory):
@@ -201,9 +207,11 @@ def require_space(run_dir: Path, checkpoint: int, keep: int) -> None:
 
 
 def write_run(
-    config: TrainConfig[Any], data: Data, run_dir: Path, records: list[log.Record]
+    config: TrainConfig[Any], data: Data, run_dir: Path, opened: Opened
 ) -> None:
     """Writes the settings and what data the run is on.
+
+    Checkpoints that a run of this length does not share are moved out of the way.
 
     Raises:
         InputError: where the steps so far were on other data.
@@ -212,11 +220,14 @@ def write_run(
     for name, text in texts.items():
         path = run_dir / name
         require(
-            not records or not path.exists() or path.read_text("utf-8") == text,
+            not opened.records or not path.exists() or path.read_text("utf-8") == text,
             f"run_dir: the data have changed since the run in {run_dir} began: it has "
             f"another {name}; choose another --run-dir",
         )
     if jax.process_index() == 0:
+        # Before the new length is written, so that a run killed here is asked again.
+        if opened.limit is not None:
+            _set_aside_after(opened.limit, run_dir)
         for name, text in {CONFIG_NAME: to_json(config), **texts}.items():
             _write_whole(run_dir / name, text)
 
@@ -232,7 +243,8 @@ def is_saved(records: list[log.Record], run_dir: Path) -> bool:
 
 
 def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
+    """Removes files and directories, and last what says that a run is there."""
+    for path in sorted(paths, key=lambda path: path.name == CONFIG_NAME):
         if path.is_dir():
             shutil.rmtree(path)
         else:

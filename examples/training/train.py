@@ -1,6 +1,7 @@
 """The command that trains a model."""
 
 import hashlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from examples.training.config import TrainConfig, identity
 from examples.training.loop import is_over, training
 from examples.training.optimizers import OPTIMIZERS
 from examples.training.processes import Processes, preemption
+from examples.training.run_dir import is_saved
 from examples.training.task import Task, count_parameters
 
 
@@ -57,12 +59,16 @@ def train(
             flush=True,
         )
         warn_of_a_high_rate(config)
-    start: int | None = None
+    before = log.read(run_dir)
+    over_before = is_over(before, config.steps) and is_saved(before, run_dir)
     last: log.Record = {}
     bar = tqdm(total=config.steps, desc="Compiling", unit="step", disable=not speaks)
-    with bar, preemption() as stop:
-        for records in training(config, run_dir, stop=stop, profile=profile):
-            start = len(records) if start is None else start
+    with (
+        bar,
+        preemption() as stop,
+        closing(training(config, run_dir, stop=stop, profile=profile)) as steps,
+    ):
+        for records in steps:
             last = records[-1]
             validated = [r for r in records if "aligned_fraction" in r]
             if validated and speaks:
@@ -78,7 +84,7 @@ def train(
             "may help"
         )
     if is_over([last], config.steps):
-        over = "was finished before" if start == config.steps else "is finished"
+        over = "was finished before" if over_before else "is finished"
         print(f"The run {over}: {summary(last, task)}, in {run_dir}")
     else:
         print(f"Stopped: step {last['step']} is saved, and the same command goes on.")

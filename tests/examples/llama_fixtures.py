@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
 
 from examples.llama.__main__ import COMMANDS
 from examples.llama.config import ModelConfig
@@ -33,7 +35,7 @@ MODEL = ModelConfig(
     num_kv_heads=2,
 )
 
-_TIMES = {"seconds_per_step", "tokens_per_second", "mfu"}
+_TIMES = {"seconds_per_step", "tokens_per_second", "pictures_per_second", "mfu"}
 
 # Sends a signal to itself when a file of the run is touched: at the nth event of a kind
 # (see docs.python.org/3/library/audit_events.html) on a path that ends like this.
@@ -185,6 +187,7 @@ class Command:
         """Writes the settings into a directory; another keeps what is compiled."""
         file = directory / "options.json"
         file.write_text(to_json(config))
+        self._module = f"examples.{config.task.name}"
         self._options = ["--config-file", file]
         self._environment = {
             **os.environ,
@@ -194,8 +197,9 @@ class Command:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
-    def start(self, run_dir, *options, program=("-m", "examples.llama"), **env):
+    def start(self, run_dir, *options, program=None, **env):
         """Starts it; ``program`` runs it, and ``env`` is for its environment."""
+        program = program or ("-m", self._module)
         options = [*self._options, "--run-dir", run_dir, *options]
         return Process(
             [sys.executable, *program, "train", *options], self._environment | env
@@ -207,7 +211,19 @@ class Command:
 
     def run_until(self, event, run_dir):
         """Runs it; at ``(kind, ending, count, signal)``, the signal comes."""
-        return self.run(run_dir, program=("-c", _AT_AN_EVENT, *map(str, event)))
+        script = _AT_AN_EVENT.replace("examples.llama", self._module)
+        return self.run(run_dir, program=("-c", script, *map(str, event)))
+
+
+def write_pictures(directory, count=24):
+    """Writes small pictures, each of one colour with a square in another."""
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        ground, figure = generator.integers(0, 256, (2, 3), np.uint8)
+        picture = np.broadcast_to(ground, (24, 20, 3)).copy()
+        picture[6:14, 4:12] = figure
+        Image.fromarray(picture).save(directory / f"{i}.png")
+    return directory
 
 
 def largest_file(directory: Path) -> Path:

@@ -19,7 +19,6 @@ for _module in ("grain", "matplotlib", "tokenizers", "tqdm", "tyro"):
 
 # ruff: noqa: E402
 
-from examples.training.modules import attention_implementation
 from examples.llama.config import MODELS, DataConfig, ModelConfig
 from examples.llama.model import (
     Attention,
@@ -30,6 +29,7 @@ from examples.llama.model import (
 )
 from examples.llama.task import LlamaTask
 from examples.training import step
+from examples.training.modules import attention_implementation
 
 MODEL = ModelConfig(
     vocab_size=300,

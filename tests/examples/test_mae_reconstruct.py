@@ -121,7 +121,10 @@ def make_data():
 
 def test_models_side_by_side(tmp_path):
     task = MAETask(MODEL)
-    models = {name: random_params(MODEL, i) for i, name in enumerate(("one", "other"))}
+    models = {
+        name: random_params(MODEL, i)
+        for i, name in enumerate(("AdamW", "cautious AdamW"))
+    }
     (path,) = task.show(models, make_data, tmp_path)
     assert path == tmp_path / "reconstructions.png"
     assert list(tmp_path.iterdir()) == [path]
@@ -141,7 +144,7 @@ def test_models_side_by_side(tmp_path):
     for name, params in models.items():
         expected = patchify(task.reconstruct(params, examples).filled, 4)
         np.testing.assert_array_equal(patches[name], expected)
-    assert (patches["one"] != patches["other"]).any()
+    assert (patches["AdamW"] != patches["cautious AdamW"]).any()
 
 
 # The command

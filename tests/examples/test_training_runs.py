@@ -41,6 +41,9 @@ from examples.llama.config import DataConfig
 from examples.llama.data.load import TOKENIZER_NAME
 from examples.llama.model import count_parameters, flops_per_token
 from examples.llama.task import LlamaTask
+from examples.mae.config import DataConfig as PicturesConfig
+from examples.mae.config import ModelConfig as AutoencoderConfig
+from examples.mae.task import MAETask
 from examples.training import log, loop
 from examples.training.checkpoint import Checkpoints, checksum, size
 from examples.training.checks import InputError
@@ -62,6 +65,7 @@ from tests.examples.llama_fixtures import (
     run_command,
     train,
     write_documents,
+    write_pictures,
 )
 
 STEPS = 22
@@ -276,6 +280,40 @@ def test_a_run_killed_anywhere_goes_on_exactly(
     assert read_log(run_dir) == whole
     assert checksum_of(run_dir, STEPS) == checksum_of(whole_dir, STEPS)
     assert saved(run_dir) == saved(whole_dir)
+
+
+def test_an_autoencoder_killed_and_stopped_goes_on_exactly(cache, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    data = PicturesConfig(
+        data=(str(write_pictures(pictures)),),
+        batch_size=4,
+        validation_batches=1,
+        validation_fraction=0.2,
+        crop_min=0.5,
+        flip=True,
+    )
+    model = AutoencoderConfig(
+        image_size=16, hidden_size=32, num_layers=1, num_heads=2, decoder_num_layers=1
+    )
+    config = TrainConfig(
+        MAETask(model, data),
+        OptimizerConfig(learning_rate=1e-3),
+        steps=9,
+        log_every=2,
+        eval_every=2,
+        checkpoint_every=4,
+        mesh=(1, 1, 1),
+    )
+    whole = train(config, tmp_path / "whole")
+    run_dir = tmp_path / "run"
+    command = Command(config, tmp_path, cache)
+    killed = "open", "metrics.jsonl", 4, int(signal.SIGKILL)
+    code, output = command.run_until(killed, run_dir)
+    assert code == -signal.SIGKILL, output
+    assert train(config, run_dir, stop=lambda step: step == 7) == whole[:7]
+    assert train(config, run_dir) == whole
+    assert read_log(run_dir) == whole
 
 
 def test_sigterm_saves_and_ends(config, whole, cache, tmp_path):
