@@ -68,9 +68,10 @@ test-tpu:
 	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.test .venv-tpu/.examples
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_tpu.py
 
-# What examples.llama exports, in transformers and PyTorch.
+# What the examples export, in transformers and PyTorch.
 test-parity: $(VENV)/.examples $(VENV)/.test $(VENV)/.parity
-	$(BIN)/python -m pytest tests/examples/test_llama_export.py
+	$(BIN)/python -m pytest tests/examples/test_llama_export.py \
+	  tests/examples/test_mae_export.py
 
 lint: $(VENV)/.examples $(VENV)/.lint
 	$(BIN)/ruff check

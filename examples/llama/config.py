@@ -7,6 +7,7 @@ from typing import Literal
 
 from examples.training.checks import (
     require,
+    require_between,
     require_choice,
     require_positive,
     require_utf8,
@@ -127,11 +128,7 @@ class DataConfig:
             "shuffle_windows",
         ):
             require_positive(name, getattr(self, name))
-        require(
-            0 < self.validation_fraction < 1,
-            f"validation_fraction is {self.validation_fraction}: it has to lie "
-            "between 0 and 1",
-        )
+        require_between("validation_fraction", self.validation_fraction, 0, 1)
         for name, value in vars(self).items():
             for text in value if isinstance(value, tuple) else (value,):
                 require_utf8(name, str(text))

@@ -5,6 +5,7 @@ from typing import Literal
 
 from examples.training.checks import (
     require,
+    require_between,
     require_choice,
     require_positive,
     require_utf8,
@@ -88,10 +89,7 @@ class ModelConfig:
             f"patch_size ({self.patch_size}) does not divide image_size "
             f"({self.image_size}): choose an image_size that is a multiple of it",
         )
-        require(
-            0 < self.mask_ratio < 1,
-            f"mask_ratio is {self.mask_ratio}: it has to lie between 0 and 1",
-        )
+        require_between("mask_ratio", self.mask_ratio, 0, 1)
         require(
             0 < self.visible < self.patches,
             f"mask_ratio is {self.mask_ratio}: of {self.patches} patches it leaves "
@@ -150,11 +148,7 @@ class DataConfig:
         """Checks the values."""
         for name in ("batch_size", "validation_batches", "shuffle_images"):
             require_positive(name, getattr(self, name))
-        require(
-            0 < self.validation_fraction < 1,
-            f"validation_fraction is {self.validation_fraction}: it has to lie "
-            "between 0 and 1",
-        )
+        require_between("validation_fraction", self.validation_fraction, 0, 1)
         require(
             self.workers >= 0, f"workers is {self.workers}: it has to be at least 0"
         )

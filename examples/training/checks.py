@@ -24,6 +24,14 @@ def require_positive(name: str, value: float) -> None:
     )
 
 
+def require_between(name: str, value: float, low: float, high: float) -> None:
+    """Raises an ``InputError`` unless the value lies strictly between two others."""
+    require(
+        low < value < high,
+        f"{name} is {value}: it has to lie between {low:g} and {high:g}",
+    )
+
+
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises an ``InputError`` unless the value is one of the choices."""
     require(
