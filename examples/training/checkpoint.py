@@ -16,7 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 from tqdm import tqdm
 
 from examples.training.checks import InputError, reason, require
-from examples.training.step import TrainState
+from examples.training.step import TrainState, by_name
 from examples.training.task import Params
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -240,20 +240,35 @@ def load_params(run_dir: Path, like: Params) -> Params:
     directory = run_dir / CHECKPOINTS_NAME
     steps = saved_steps(directory)
     require(bool(steps), f"from: there is no checkpoint in {directory}")
-    try:
-        params = restore_params(directory, steps[-1], like)
-    except InputError as error:
-        raise InputError(f"from: cannot read the weights; {error}") from error
-    for (path, leaf), there in zip(
-        jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(params), strict=True
-    ):
-        require(
-            leaf.shape == there.shape,
-            f"from: the run in {run_dir} is of another model: its "
-            f"{jax.tree_util.keystr(path)} is {there.shape}, and here it is "
-            f"{leaf.shape}",
+    here, there = by_name(like), _saved_params(directory, steps[-1])
+    for name in sorted({*here, *there}):
+        size, other = (
+            tree[name].shape if name in tree else "missing" for tree in (here, there)
         )
-    return params
+        require(
+            size == other,
+            f"from: the run in {run_dir} is of another model: its {name} is {other}, "
+            f"and here it is {size}",
+        )
+    try:
+        return restore_params(directory, steps[-1], like)
+    except InputError as error:
+        why = str(error).removeprefix("step: ")
+        raise InputError(f"from: {why}") from error
+
+
+def _saved_params(directory: Path, step: int) -> dict[str, Any]:
+    """Lists what is known of the parameters of a checkpoint, by their names."""
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(directory.absolute() / str(step) / "state")
+        return by_name(saved.item_metadata.tree["params"])
+    except Exception as error:
+        # As above, whatever is wrong with files raises all sorts.
+        raise InputError(
+            f"from: the checkpoint of step {step} in {directory} is damaged "
+            f"({reason(error)})"
+        ) from error
 
 
 def restore_params(directory: Path, step: int, like: Params) -> Params:

@@ -75,7 +75,7 @@ def reason(error: Exception) -> str:
 def human_size(size: float) -> str:
     """Writes a number of bytes in the unit that suits it."""
     for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
+        if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.1f} GB"

@@ -1,7 +1,6 @@
 """The command that trains a model."""
 
 import hashlib
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,8 @@ def train(
     over_before = is_over(before, config.steps) and is_saved(before, run_dir)
     last: log.Record = {}
     bar = tqdm(total=config.steps, desc="Compiling", unit="step", disable=not speaks)
-    with (
-        bar,
-        preemption() as stop,
-        closing(training(config, run_dir, stop=stop, profile=profile)) as steps,
-    ):
-        for records in steps:
+    with bar, preemption() as stop:
+        for records in training(config, run_dir, stop=stop, profile=profile):
             last = records[-1]
             validated = [r for r in records if "aligned_fraction" in r]
             if validated and speaks:

@@ -34,7 +34,7 @@ from examples.llama.config import DataConfig
 from examples.llama.task import LlamaTask
 from examples.training import command_line, loop, run_dir
 from examples.training import train as module_of_train
-from examples.training.checkpoint import Checkpoints
+from examples.training.checkpoint import Checkpoints, load_params
 from examples.training.checks import InputError, human_size
 from examples.training.config import TrainConfig, to_json
 from examples.training.engine import Engine, make_engine
@@ -59,6 +59,12 @@ STEPS, MORE = 6, 12
 FALLS = 3
 """Where the learning rate begins to fall in a run of ``STEPS`` that ends so."""
 RATE = 0.1
+
+
+# What tensorstore's coroutines say when one of them has failed.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,7 +92,7 @@ def config(tmp_path_factory):
         learning_rate=RATE,
         max_grad_norm=None,
         schedule="constant",
-        warmup_fraction=0,
+        warmup_fraction=0.0,
     )
     return TrainConfig(
         LlamaTask(replace(MODEL, num_layers=1), data),
@@ -149,6 +155,15 @@ def as_arguments(config, directory, run_dir):
     return ["--config-file", file, "--run-dir", run_dir]
 
 
+def save(directory, *states):
+    """Saves the states after the first steps, and a loss that falls."""
+    batches = iter(grain.MapDataset.range(9).to_iter_dataset())
+    checkpoints = Checkpoints(directory / "checkpoints", 3)
+    for step, state in enumerate(states, 1):
+        checkpoints.save(step, state, batches, 1.0 / step)
+    checkpoints.close()
+
+
 # Before the first step
 
 
@@ -170,19 +185,20 @@ def test_a_command_that_cannot_run_leaves_nothing(
 ):
     run_dir = tmp_path / "run"
     (tmp_path / "short.txt").write_text("too little")
+    typo, short = (
+        changed(config, data={"data": (str(tmp_path / name),)})
+        for name in ("typo", "short.txt")
+    )
     wrong = {
-        "data: ": changed(config, data={"data": (str(tmp_path / "typo"),)}),
-        "validation_fraction|data: ": changed(
-            config, data={"data": (str(tmp_path / "short.txt"),)}
-        ),
-        "mesh": replace(config, mesh=(3, 3, 1)),
-        "from: there is no checkpoint": replace(config, from_run=tmp_path / "none"),
+        "data: there is no .*typo": typo,
+        "data: one document only, of 10 characters": short,
+        "mesh: 3 x 3 x 1 are 9 devices": replace(config, mesh=(3, 3, 1)),
     }
     for message, other in wrong.items():
         with pytest.raises(InputError, match=message):
             next(training(other, run_dir))
         assert not run_dir.exists()
-    for name in ("compile", "put_batch", "make_state"):
+    for name in ("make_state", "compile"):
         with monkeypatch.context() as patch:
             patch.setattr(Engine, name, fail)
             with pytest.raises(RuntimeError, match="out of memory"):
@@ -445,10 +461,7 @@ def test_a_validation_loss_of_a_step_that_is_taken_again_is_forgotten(tmp_path):
     """The best of the checkpoints is not judged by the loss of another state."""
     batches = iter(grain.MapDataset.range(9).to_iter_dataset())
     state = TrainState({"w": jnp.zeros(8)}, ())
-    before = Checkpoints(tmp_path / "checkpoints", 3)
-    for step in (1, 2):
-        before.save(step, state, batches, 1.0 / step)
-    before.close()
+    save(tmp_path, state, state)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state
@@ -537,10 +550,26 @@ def test_the_weights_of_another_model(model, begun, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_that_are_damaged(begun, run, tmp_path):
+def test_the_weights_of_a_model_with_other_parts(tmp_path):
+    array = jnp.zeros(8)
+    save(tmp_path, TrainState({"w": array, "v": array}, ()))
+    like = {"w": array, "v": array}
+    np.testing.assert_array_equal(load_params(tmp_path, like)["v"], array)
+    others = {"w": array}, {"w": array, "x": array}, {"w": {"x": array}, "v": array}
+    for other, name in zip(others, ("v", "v", "w")):
+        message = rf"^from: .* another model: its {name} is \(8,\), and .* is missing$"
+        with pytest.raises(InputError, match=message):
+            load_params(tmp_path, other)
+    message = r"^from: .* another model: its x is missing, and here it is \(8,\)$"
+    with pytest.raises(InputError, match=message):
+        load_params(tmp_path, {**like, "x": array})
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+def test_weights_that_are_damaged(name, begun, run, tmp_path):
     damaged = shutil.copytree(run, tmp_path / "damaged")
-    (damaged / "checkpoints" / str(STEPS) / "state" / "_METADATA").write_bytes(b"")
-    with pytest.raises(InputError, match=r"^from: .*step 6 .* is damaged"):
+    (damaged / "checkpoints" / str(STEPS) / "state" / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"^from: the checkpoint of step 6 .* is dam"):
         next(training(replace(begun, from_run=damaged), tmp_path / "run"))
 
 
@@ -557,6 +586,16 @@ def test_a_run_is_finished_and_was_finished_before(begun, tmp_path, capsys):
         loss = f"{read_log(run_dir)[-1]['validation_loss']:.4f}"
         assert last.startswith(f"The run {over}: step      2   validation loss {loss}")
         assert last.endswith(f", in {run_dir}")
+
+
+def test_a_run_killed_in_its_last_save_is_finished_now(
+    falling, fallen, tmp_path, capsys
+):
+    run_dir = shutil.copytree(fallen, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints" / str(STEPS))
+    run_command("train", as_arguments(falling, tmp_path, run_dir))
+    assert "The run is finished: step      6" in capsys.readouterr().out
+    assert read_log(run_dir) == read_log(fallen)
 
 
 def test_a_high_learning_rate_is_said_at_the_start(config, run, tmp_path, capsys):
