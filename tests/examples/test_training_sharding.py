@@ -761,7 +761,9 @@ def assert_close(records, expected):
         record, other = (dict(log.scalars(r)) for r in (record, other))
         for name, value in other.items():
             if name.startswith("aligned_fractions/"):
-                assert record[name] == pytest.approx(value, abs=0.3)
+                # The gradient of a key's bias is rounding alone: softmax undoes it.
+                if ".kernel" in name:
+                    assert record[name] == pytest.approx(value, abs=0.1), name
                 continue
             # A coordinate may go along with a gradient that is almost zero, or not.
             rtol = {"aligned_fraction": 1e-2, "grad_norm": 3e-3}.get(name, 1e-3)
