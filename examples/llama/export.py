@@ -38,7 +38,7 @@ _BLOCK = {
 
 
 def to_tensors(params: Params) -> dict[str, np.ndarray]:
-    """Names parameters as transformers does, and lays them out likewise.
+    """Converts parameters to the names and layouts of transformers.
 
     Both rotate feature ``i`` of a head with feature ``i + H/2``, so that the features
     stay in their order.

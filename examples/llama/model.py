@@ -236,23 +236,24 @@ def make_graphdef(config: ModelConfig) -> nnx.GraphDef[Llama]:
     return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Counts the parameters of a model without making it."""
-    shapes = nnx.eval_shape(lambda: nnx.state(Llama(config, nnx.Rngs(0)), nnx.Param))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+def flops_per_token(
+    config: ModelConfig, parameters: int, sequence_length: int
+) -> float:
     """Counts the operations that a token takes in training, as in PaLM.
 
     Six for each parameter that multiplies, which the embedding's do not, and
     ``12 L T D`` for attention, whose causal mask is not counted as a saving.
 
+    Args:
+        config: the model.
+        parameters: how many it has.
+        sequence_length: tokens in a sequence, T.
+
     Reference: Chowdhery et al., arXiv:2204.02311, appendix B.
     """
-    parameters = count_parameters(config) - config.vocab_size * config.hidden_size
+    multiplied = parameters - config.vocab_size * config.hidden_size
     attention = 12 * config.num_layers * config.hidden_size * sequence_length
-    return 6.0 * parameters + attention
+    return 6.0 * multiplied + attention
 
 
 def _linear(

@@ -15,10 +15,16 @@ from flax import nnx
 from examples.llama.config import MODELS, DataConfig, ModelConfig
 from examples.llama.data.load import load_data
 from examples.llama.model import Llama, flops_per_token, make_graphdef
-from examples.training.command_line import Experiment
 from examples.training.config import TrainConfig
+from examples.training.experiment import Experiment
 from examples.training.optimizers import OptimizerConfig
-from examples.training.task import Data, Load, Models, Params
+from examples.training.task import (
+    Data,
+    LoadData,
+    LoadModels,
+    Params,
+    count_parameters,
+)
 
 
 def perplexity(loss: float) -> float:
@@ -66,7 +72,7 @@ class LlamaTask:
 
     @property
     def divided(self) -> Mapping[str, Mapping[str, int]]:
-        """What each axis of the mesh has to divide."""
+        """Sizes that must be divisible by each axis of the mesh."""
         names = "num_heads", "num_kv_heads", "intermediate_size", "vocab_size"
         return {
             "fsdp": {"hidden_size": self.model.hidden_size},
@@ -74,11 +80,11 @@ class LlamaTask:
         }
 
     def describe(self) -> str:
-        """Says what a step sees."""
+        """Describes a batch."""
         return f"{self.data.batch_size} x {self.data.sequence_length} tokens"
 
     def default_learning_rate(self, optimizer: str) -> float | None:
-        """Returns the best of a sweep of the tiny model, for models no wider."""
+        """Returns the tuned rate of the tiny model, for models that are no wider."""
         if self.model.hidden_size > MODELS["tiny"].hidden_size:
             return None
         return {"adamw": 2e-3, "lion": 5e-4}.get(optimizer)
@@ -117,14 +123,16 @@ class LlamaTask:
 
     def flops(self) -> float:
         """Counts the operations of a step, as in PaLM."""
-        return self.units * flops_per_token(self.model, self.data.sequence_length)
+        length = self.data.sequence_length
+        parameters = count_parameters(self)
+        return self.units * flops_per_token(self.model, parameters, length)
 
-    def show(self, models: Models, load: Load, directory: Path) -> list[Path]:
+    def show(self, models: LoadModels, data: LoadData, directory: Path) -> list[Path]:
         """Draws nothing: ``generate`` shows what a model has learned."""
         return []
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
-        """Sets the blocks in each iteration of the loop over them."""
+        """Sets the unroll factor of the scan over the blocks."""
         return replace(self, model=replace(self.model, unroll=layers["blocks"]))
 
 

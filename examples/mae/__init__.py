@@ -1,1 +1,1 @@
-"""A masked autoencoder: a ViT that learns from pictures most of which it cannot see."""
+"""Masked autoencoders: vision transformers that learn to fill in hidden patches."""

@@ -39,8 +39,8 @@ class ModelConfig:
     decoder_intermediate_size: int = 256
     """Features inside the decoder's feed-forward layer."""
     norm_pixels: bool = False
-    """Predict the pixels of each patch less their mean and over their standard
-    deviation, as the paper does where it learns features and not pictures."""
+    """Normalize the pixels of each patch by their mean and standard
+    deviation before predicting them, as the paper does to learn features."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type computed in. Parameters, predictions and loss are float32 always."""
     remat: bool = False

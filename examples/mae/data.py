@@ -66,11 +66,6 @@ def load_data(
     Raises:
         InputError: for pictures that cannot be had, or too few of them.
     """
-    require(
-        config.batch_size % process_count == 0,
-        f"batch_size ({config.batch_size}) does not divide among {process_count} "
-        "processes: choose a multiple of their number",
-    )
     load = _load_stream if is_streamed(config.data) else _load_corpus
     return load(config, image_size, seed, process_index, process_count)
 
@@ -228,7 +223,7 @@ def find_pictures(paths: Iterable[Path]) -> Iterator[Path]:
 def split_hashes(
     hashes: Iterable[bytes], fraction: float
 ) -> tuple[list[bytes], list[bytes]]:
-    """Splits what the hashes stand for into training and validation.
+    """Splits items into training and validation by their hashes.
 
     Their order decides, so that neither names nor the order of reading matter, and one
     more moves one other at most.

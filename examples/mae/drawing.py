@@ -1,4 +1,4 @@
-"""A picture of pictures: what models make of what they see."""
+"""The figure of reconstructions: originals, visible patches, predictions."""
 
 import textwrap
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from examples.mae.pictures import Example
 _COLUMNS = 8
 """Pictures that stand side by side at most; others follow below."""
 _SIDE = 128
-"""About as many pixels, along each side, a smaller picture is enlarged to."""
+"""Smaller pictures are enlarged to about this many pixels along each side."""
 _DPI = 128
 """A power of two, so that a number of pixels is an exact number of inches."""
 _FONT_SIZE = 9

@@ -49,7 +49,7 @@ _BLOCK = {
 
 
 def to_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
-    """Names parameters as transformers does, and lays them out likewise.
+    """Converts parameters to the names and layouts of transformers.
 
     Args:
         config: the model.
@@ -89,7 +89,7 @@ def to_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
 
 
 def _is_module(path: tuple[str, ...], value: Mapping[str, Any]) -> bool:
-    """Says whether these are the parameters of a projection or a norm."""
+    """Returns whether these are the parameters of a projection or a norm."""
     del path
     return "bias" in value
 

@@ -27,9 +27,9 @@ LAYER_NORM_EPSILON = 1e-12
 PIXEL_EPSILON = 1e-6
 PIXEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 PIXEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
-"""Of red, green and blue, over ImageNet, with pixels from 0 to 1."""
+"""Mean and standard deviation of ImageNet's colour channels, pixels in [0, 1]."""
 _HIDDEN = 128
-"""The grey that stands for what the encoder did not see."""
+"""The grey of hidden patches."""
 
 _linear = partial(
     linear, kernel_init=nnx.initializers.xavier_uniform(), use_bias=True, axes=None
@@ -90,7 +90,7 @@ def normalize(images: jax.Array) -> jax.Array:
 
 
 def mask_noise(seeds: jax.Array, patches: int) -> jax.Array:
-    """Draws what decides the mask of each picture, from a seed of its own.
+    """Draws the noise that decides each picture's mask, from the picture's own seed.
 
     Args:
         seeds: ``[B]``, uint32.
@@ -107,14 +107,14 @@ def mask_noise(seeds: jax.Array, patches: int) -> jax.Array:
 
 
 def random_mask(noise: jax.Array, visible: int) -> Mask:
-    """Leaves the ``visible`` patches with the smallest noise, ``[B, L]``, to see."""
+    """Keeps the ``visible`` patches with the smallest noise, ``[B, L]``."""
     order = jnp.argsort(noise, axis=1)
     restore = jnp.argsort(order, axis=1)
     return Mask(order[:, :visible], restore, restore >= visible)
 
 
 def positions(grid: int, features: int) -> np.ndarray:
-    """Computes the fixed embedding of each place in a grid.
+    """Computes the sine-cosine position embeddings of a grid.
 
     The first half of the features tells the column, and the second half the row: each
     is the sines, then the cosines, of the coordinate times ``10000 ** (-4 i / D)``.
@@ -297,7 +297,7 @@ class MaskedAutoencoder(nnx.Module):
         return self.prediction(self.decoder_norm(y[:, 1:]))
 
     def reconstruct(self, images: jax.Array, noise: jax.Array) -> Reconstruction:
-        """Shows what the model makes of what it sees.
+        """Reconstructs pictures from their visible patches.
 
         Where it predicts normalized pixels, the mean and the deviation of each patch
         are the true ones, which it was not asked for.
@@ -324,12 +324,9 @@ class MaskedAutoencoder(nnx.Module):
         )
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Counts the parameters of a model without making it."""
-    shapes = nnx.eval_shape(
-        lambda: nnx.state(MaskedAutoencoder(config, nnx.Rngs(0)), nnx.Param)
-    )
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+def make_graphdef(config: ModelConfig) -> nnx.GraphDef[MaskedAutoencoder]:
+    """Makes the model without its parameters."""
+    return nnx.graphdef(nnx.eval_shape(lambda: MaskedAutoencoder(config, nnx.Rngs(0))))
 
 
 def flops_per_image(config: ModelConfig) -> int:

@@ -19,7 +19,7 @@ _TRIES = 10
 
 
 def suffixes() -> frozenset[str]:
-    """Lists how the names of files end that Pillow may open, with the dot."""
+    """Returns the file suffixes that Pillow can open, with the dot."""
     kinds = Image.registered_extensions()  # Reading it imports what opens them.
     return frozenset(suffix for suffix, kind in kinds.items() if kind in Image.OPEN)
 
@@ -150,7 +150,7 @@ def _square(width: int, height: int) -> _Box:
 def _random_box(
     width: int, height: int, crop_min: float, rng: np.random.Generator
 ) -> _Box:
-    """Draws a part: its area and the ratio of its sides first, and then its place.
+    """Draws a random crop: area and aspect ratio first, then the position.
 
     Where ten such draws do not fit into the picture, it is the square in the middle.
     """

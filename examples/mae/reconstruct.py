@@ -1,4 +1,4 @@
-"""The command that draws what a trained model makes of pictures it sees in part.
+"""The command that draws a trained model's reconstructions.
 
 ``python -m examples.mae reconstruct --run-dir DIR`` draws pictures that the run in DIR
 was validated on. ``--help`` lists all options.
@@ -18,7 +18,7 @@ _MOST = 64
 def reconstruct(
     source: Source, output: Path = Path("reconstructions.png"), pictures: int = 8
 ) -> None:
-    """Draw pictures, what a model saw of them, and what it made of that.
+    """Draw validation pictures, their visible patches, and the model's reconstruction.
 
     Where it predicts normalized pixels, each patch is drawn with the mean and the
     deviation of the original.

@@ -129,7 +129,7 @@ def _value(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _encoded(dataset: Any, config: DataConfig) -> Any:
-    """Leaves the pictures of a dataset as they are in their files."""
+    """Turns off the decoding of a dataset's pictures."""
     import datasets
 
     name = config.image_column

@@ -17,17 +17,13 @@ from examples.mae.model import (
     MaskedAutoencoder,
     Reconstruction,
     flops_per_image,
+    make_graphdef,
     mask_noise,
 )
-from examples.training.command_line import Experiment
 from examples.training.config import TrainConfig
+from examples.training.experiment import Experiment
 from examples.training.optimizers import OptimizerConfig
-from examples.training.task import Data, Load, Models, Params
-
-
-def make_graphdef(config: ModelConfig) -> nnx.GraphDef[MaskedAutoencoder]:
-    """Makes the model without its parameters."""
-    return nnx.graphdef(nnx.eval_shape(lambda: MaskedAutoencoder(config, nnx.Rngs(0))))
+from examples.training.task import Data, LoadData, LoadModels, Params
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class MAETask:
 
     @property
     def divided(self) -> Mapping[str, Mapping[str, int]]:
-        """What each axis of the mesh has to divide."""
+        """Sizes that must be divisible by each axis of the mesh."""
         sizes = {
             f"{prefix}{name}": getattr(self.model, f"{prefix}{name}")
             for prefix in ("", "decoder_")
@@ -85,12 +81,12 @@ class MAETask:
         }
 
     def describe(self) -> str:
-        """Says what a step sees."""
+        """Describes a batch."""
         side = self.model.image_size
         return f"{self.data.batch_size} pictures of {side} x {side} pixels"
 
     def default_learning_rate(self, optimizer: str) -> float | None:
-        """Returns the best of a sweep of the tiny model, for no other."""
+        """Returns the tuned rate of the tiny model, and None for any other."""
         tiny = replace(MODELS["tiny"], unroll=self.model.unroll)
         if replace(tiny, decoder_unroll=self.model.decoder_unroll) != self.model:
             return None
@@ -135,20 +131,20 @@ class MAETask:
     def reconstruct(
         self, params: Params, batch: Mapping[str, jax.Array]
     ) -> Reconstruction:
-        """Shows what a model makes of pictures, given as ``loss`` takes them."""
+        """Reconstructs the pictures of a batch, as ``loss`` takes it."""
         model = nnx.merge(make_graphdef(self.model), params)
         noise = mask_noise(batch["seed"], self.model.patches)
         return model.reconstruct(batch["image"], noise)
 
-    def show(self, models: Models, load: Load, directory: Path) -> list[Path]:
-        """Draws what each model makes of the same eight pictures."""
-        batch = choose(load().validation, 8)
+    def show(self, models: LoadModels, data: LoadData, directory: Path) -> list[Path]:
+        """Draws each model's reconstruction of the same eight pictures."""
+        batch = choose(data().validation, 8)
         path = directory / "reconstructions.png"
-        draw({name: self.reconstruct(p, batch) for name, p in models.items()}, path)
+        draw({name: self.reconstruct(p, batch) for name, p in models().items()}, path)
         return [path]
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
-        """Sets the blocks in each iteration of the loops over them."""
+        """Sets the unroll factors of the scans over the blocks."""
         model = replace(
             self.model, unroll=layers["encoder"], decoder_unroll=layers["decoder"]
         )
@@ -164,9 +160,10 @@ def with_model(config: TrainConfig[MAETask], name: str) -> TrainConfig[MAETask]:
 _BATCH = 4096
 PRESETS: dict[str, TrainConfig[MAETask]] = {
     "demo": TrainConfig(
-        MAETask(),
+        MAETask(data=DataConfig(validation_batches=4)),
         OptimizerConfig(b1=0.9, b2=0.95, weight_decay=0.05),
-        steps=400,
+        steps=350,
+        checkpoint_every=350,
     ),
     "paper": TrainConfig(
         MAETask(

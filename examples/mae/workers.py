@@ -35,9 +35,9 @@ class WorkerBatches(grain.IterDataset[T]):  # type: ignore[misc]
 
 
 class _WorkerIterator(grain.DatasetIterator[T]):  # type: ignore[misc]
-    """Has the state of a dataset that is read without workers.
+    """An iterator with the same state as one without workers.
 
-    Grain's own would hold what each worker had given, for so many workers only.
+    Grain's own state is tied to the number of workers.
     """
 
     def __init__(self, dataset: WorkerBatches[T]) -> None:

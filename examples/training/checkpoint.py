@@ -32,7 +32,7 @@ class Restored(NamedTuple):
 
 @dataclass(frozen=True)
 class _NewestAndBest(checkpoint_managers.PreservationPolicy):  # type: ignore[misc]
-    """Keeps the newest checkpoints, that with the lowest validation loss, and one."""
+    """Keeps the newest checkpoints, the best one, and optionally a given step."""
 
     newest: int
     losses: Mapping[int, float]
@@ -258,7 +258,7 @@ def load_params(run_dir: Path, like: Params) -> Params:
 
 
 def _saved_params(directory: Path, step: int) -> dict[str, Any]:
-    """Lists what is known of the parameters of a checkpoint, by their names."""
+    """Returns the metadata of a checkpoint's parameters, by name."""
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             saved = checkpointer.metadata(directory.absolute() / str(step) / "state")

@@ -1,4 +1,4 @@
-"""The command line of an experiment: its commands, and where settings start from."""
+"""The command line of an experiment: it parses arguments and reports errors."""
 
 import errno
 import inspect
@@ -6,76 +6,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
-from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Any
 
 import tyro
 
 from examples.training.checks import InputError
-from examples.training.config import TrainConfig, from_json
-from examples.training.task import Task
+from examples.training.config import TrainConfig
+from examples.training.experiment import Experiment
 
 _OPTIONS = (tyro.conf.OmitArgPrefixes,)
-
-T = TypeVar("T", bound=Task)
-
-
-@dataclass(frozen=True)
-class Experiment(Generic[T]):
-    """A task, and where its settings start from."""
-
-    task: type[T]
-    presets: Mapping[str, TrainConfig[T]]
-    """Settings by name; the first is the default."""
-    preset_help: str
-    """What each preset is."""
-    models: Mapping[str, Any]
-    """Architectures by name."""
-    with_model: Callable[[TrainConfig[T], str], TrainConfig[T]]
-    """Sets the architecture of that name, and what goes with it."""
-
-    @property
-    def start(self) -> Any:
-        """The options from which all settings start, as a dataclass for tyro."""
-        default = next(iter(self.presets))
-        preset = tyro.extras.literal_type_from_choices(self.presets)
-        model: Any = tyro.extras.literal_type_from_choices(self.models)
-        options = [
-            ("preset", preset, self.preset_help, default),
-            ("model", model | None, "Not given: that of the preset.", None),
-            (
-                "config_file",
-                Path | None,
-                "The config.json of an earlier run, in place of a preset.",
-                None,
-            ),
-        ]
-        return make_dataclass(
-            "Start",
-            [
-                (name, Annotated[kind, tyro.conf.arg(help=text)], value)
-                for name, kind, text, value in options
-            ],
-            namespace={
-                "__doc__": "Where the settings start from; every other option then "
-                "changes one of them."
-            },
-            frozen=True,
-        )
-
-    def starting_config(self, start: Any) -> TrainConfig[T]:
-        """Makes the settings that hold where no other option changes them."""
-        config = self.presets[start.preset]
-        if start.config_file is not None:
-            try:
-                text = start.config_file.read_text("utf-8")
-            except OSError as error:
-                raise InputError(
-                    f"config_file: cannot read {start.config_file} ({error.strerror})"
-                ) from error
-            config = from_json(text, str(start.config_file), self.task)
-        return config if start.model is None else self.with_model(config, start.model)
 
 
 def main(
@@ -125,7 +64,7 @@ def _with_start(
     prog: str,
     experiment: Experiment[Any],
 ) -> Callable[..., Any]:
-    """Gives a command the options from which its settings start, and their values."""
+    """Adds --preset, --model and --config-file to a command, and applies them."""
     signature = inspect.signature(function)
     if "config" not in signature.parameters:
         return function
@@ -194,7 +133,7 @@ def _or_exit(run: Callable[[], Any]) -> Any:
 
 
 def _quiet_about_a_full_disk(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Leaves it to the program's end to say what a library's thread has met."""
+    """Silences library threads that meet a full disk; the program reports it once."""
 
     def quiet(args: Any) -> None:
         if not _is_of_a_full_disk(args.exc_value):
@@ -204,9 +143,10 @@ def _quiet_about_a_full_disk(hook: Callable[[Any], Any]) -> Callable[[Any], Any]
 
 
 def _is_of_a_full_disk(error: BaseException | None) -> bool:
-    """Looks for the error behind the error; tensorstore's has no number, but a text."""
+    """Returns whether an error or its cause is a full disk."""
     if error is None:
         return False
+    # tensorstore raises an error without an errno.
     number = error.errno if isinstance(error, OSError) else None
     return (
         number in (errno.ENOSPC, errno.EDQUOT)

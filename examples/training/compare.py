@@ -15,14 +15,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from examples.training import log, report
+from examples.training import history, log, report
 from examples.training.checks import InputError, make_directory, require
 from examples.training.config import TrainConfig, settings, with_settings
+from examples.training.history import History, Run, Side, write_point
 from examples.training.loop import is_over, load_run_data, training
 from examples.training.optimizers import RULE, OptimizerName
 from examples.training.processes import preemption
-from examples.training.report import History, Run, Side, write_point
-from examples.training.trained import Source, load_trained
+from examples.training.task import Params
+from examples.training.trained import Source, is_loadable, load_trained
 
 _OF_CAUTION = {*RULE, "exempt"}
 _OWN_OPTIONS = {"optimizer": "--optimizers", "caution": None, "seed": "--seeds"}
@@ -44,7 +45,7 @@ def parse_sweep(sweep: Sequence[str]) -> dict[str, list[str]]:
                 f"sweep: cannot read {text!r}; write a setting and its values, as in "
                 "learning_rate=1e-3,2e-3"
             )
-        require(name not in values, f"sweep: {name} is there twice")
+        require(name not in values, f"sweep: {name} is given twice")
         require(len(set(found)) == len(found), f"sweep: {name} has a value twice")
         if name in _OWN_OPTIONS:
             raise InputError(
@@ -79,7 +80,7 @@ def plan(
     """
     for name, values in (("optimizers", optimizers), ("seeds", seeds)):
         require(bool(values), f"{name}: give at least one")
-        require(len(set(values)) == len(values), f"{name}: one of them is there twice")
+        require(len(set(values)) == len(values), f"{name}: give each value once")
     runs: dict[Run, TrainConfig[Any]] = {}
     for seed in seeds:
         for chosen in itertools.product(*sweep.values()):
@@ -212,32 +213,37 @@ def compare(
         rates = {f"{c.learning_rate:g} for {run.side.title}" for run, c in runs.items()}
         print(f"Learning rates: {', '.join(sorted(rates))}.")
     if not run_all(runs, list(swept), output_dir, together):
-        print("Stopped: the same command goes on.")
+        print("Stopped. Run the same command to resume.")
         return
-    histories = [report.read_history(run, output_dir / run.name) for run in runs]
-    text = report.write(histories, config, output_dir)
-    shown = show_best(histories, runs, output_dir)
-    print(f"\n{text}")
-    names = "report.md", "report.csv", "report.png", "aligned.png"
-    print(f"Written to {output_dir}: {', '.join([*names, *(f.name for f in shown)])}")
+    histories = [history.read_history(run, output_dir / run.name) for run in runs]
+    files = report.write(histories, config, output_dir)
+    print(f"\n{(output_dir / report.TEXT_NAME).read_text()}")
+    files += show_best(histories, runs, output_dir)
+    print(f"Written to {output_dir}: {', '.join(file.name for file in files)}")
 
 
 def show_best(
     histories: Sequence[History], runs: dict[Run, TrainConfig[Any]], output_dir: Path
 ) -> list[Path]:
-    """Has the task draw what the best run of each side does, of the first seed."""
+    """Calls the task's ``show`` with the best run of each side, first seed.
+
+    Runs whose checkpoints have been deleted are left out.
+    """
     best = [
         seeds[0].run
-        for side in dict.fromkeys(history.run.side for history in histories)
-        if (seeds := report.best(histories, side)) is not None
+        for side in dict.fromkeys(h.run.side for h in histories)
+        if (seeds := history.best(histories, side)) is not None
     ]
+    best = [run for run in best if is_loadable(output_dir / run.name)]
     if not best:
         return []
     config = runs[best[0]]
-    models = {
-        run.side.title: load_trained(
-            Source(output_dir / run.name), type(config.task)
-        ).params
-        for run in best
-    }
-    return config.task.show(models, partial(load_run_data, config), output_dir)
+
+    def load_models() -> dict[str, Params]:
+        sources = {run.side.title: Source(output_dir / run.name) for run in best}
+        return {
+            name: load_trained(source, type(config.task)).params
+            for name, source in sources.items()
+        }
+
+    return config.task.show(load_models, partial(load_run_data, config), output_dir)

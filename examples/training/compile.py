@@ -1,4 +1,4 @@
-"""The command that says what a training step takes on a TPU slice, by its compiler.
+"""The command that compiles a training step ahead of time for a TPU slice.
 
 It compiles the very step of ``train`` on this machine's CPU, and prints what each
 device would hold, move and send. Nothing is run. It needs the ``tpu`` extra.
@@ -42,7 +42,7 @@ class Account:
 
 
 def account(config: TrainConfig[Any], topology: str) -> Account:
-    """Compiles the training step for a slice, and reads what the compiler says."""
+    """Compiles the training step for a slice, and collects the compiler's account."""
     engine = make_engine(config, topology_devices(topology))
     step = engine.lower_train_step(engine.batch_like).compile()
     memory: Any = step.memory_analysis()
@@ -57,7 +57,7 @@ def account(config: TrainConfig[Any], topology: str) -> Account:
 
 
 def evaluation_peaks(config: TrainConfig[Any], topology: str) -> dict[str, float]:
-    """Compiles what runs between the steps; returns the peak memory of each, in bytes.
+    """Compiles the evaluations; returns the peak memory of each, in bytes.
 
     The optimizer's state is on the devices meanwhile, whether a program takes it or
     not.
@@ -123,7 +123,7 @@ def compile_only(
     *,
     config: TrainConfig[Any],
 ) -> None:
-    """Compile the training step for a TPU slice, and print what it takes there.
+    """Compile the training step for a TPU slice, and print its memory and traffic.
 
     Args:
         topology: kind of TPU and arrangement of its chips, as in v5e:4x4.

@@ -100,7 +100,7 @@ def settings(config: Any) -> dict[str, Any]:
 
 
 def identity(config: TrainConfig[Any]) -> dict[str, Any]:
-    """Lists the settings that have to be equal for a run to go on."""
+    """Returns the settings that must be equal for a run to resume."""
     free = {"mesh", "keep", "checkpoint_every"} | config.task.free
     return {k: value for k, value in settings(config).items() if k not in free}
 
@@ -130,11 +130,16 @@ def _replaced(config: Any, values: dict[str, str]) -> Any:
 
 
 def _parsed(name: str, text: str, kind: Any) -> Any:
+    """Parses a value of a type; the items of a sequence are separated by spaces."""
+    is_none = text.lower() == "none"
+    adapter: Any = pydantic.TypeAdapter(kind)
     try:
-        value = None if text in ("None", "none") else text
-        return pydantic.TypeAdapter(kind).validate_python(value)
+        return adapter.validate_python(None if is_none else text)
     except pydantic.ValidationError as error:
         why = error.errors()[-1]["msg"]
+    try:
+        return adapter.validate_python([] if is_none else text.split())
+    except pydantic.ValidationError as error:
         raise InputError(f"{name}: cannot be {text!r} ({why})") from error
 
 

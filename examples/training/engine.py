@@ -1,4 +1,4 @@
-"""What runs on the devices: the first state, and the programs lowered and compiled."""
+"""The initial state and the compiled programs of a run."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from examples.training.task import Batch, Params
 
 
 class Programs(NamedTuple):
-    """What runs on the devices, lowered or compiled."""
+    """The programs of a run, lowered or compiled."""
 
     train_step: Any
     evaluate: Any
@@ -34,9 +34,9 @@ class Programs(NamedTuple):
 
 @dataclass(frozen=True)
 class Engine:
-    """A run's task, optimizer and mesh: what belongs together in all that is computed.
+    """A run's configuration, optimizer and mesh, and the programs they define.
 
-    The devices of the mesh need not be here to lower the programs.
+    Programs can be lowered for devices that are not attached.
     """
 
     config: TrainConfig[Any]
@@ -65,7 +65,7 @@ class Engine:
         )
 
     def make_state(self, params: Params | None = None) -> TrainState:
-        """Makes the state that a run begins with, each part of it on its device.
+        """Makes the initial state of a run, laid out over the mesh.
 
         Args:
             params: the weights to begin with, in the host's memory; drawn unless given.
@@ -88,7 +88,7 @@ class Engine:
         return self._put(rows, P(BATCH))
 
     def put_validation(self, rows: Batch) -> Batch:
-        """Does so with all validation batches, ``[batches, rows, ...]``."""
+        """Like ``put_batch``, for all validation batches, ``[batches, rows, ...]``."""
         return self._put(rows, P(None, BATCH))
 
     def lower_train_step(self, batch: Batch) -> jax.stages.Lowered:
@@ -105,7 +105,7 @@ class Engine:
             ).lower(self.state_like, batch)
 
     def lower(self, batch: Batch, validation: Batch) -> Programs:
-        """Lowers all that a run computes.
+        """Lowers all programs of a run.
 
         Args:
             batch: arrays, or their shapes, dtypes and shardings.
@@ -123,7 +123,7 @@ class Engine:
             )
 
     def compile(self, batch: Batch, validation: Batch) -> Programs:
-        """Compiles all, ahead of the loop and off its clock."""
+        """Compiles all programs before the timed loop."""
         return Programs(*[p.compile() for p in self.lower(batch, validation)])
 
     @property
@@ -141,7 +141,7 @@ class Engine:
 
 
 def make_engine(config: TrainConfig[Any], devices: Any = None) -> Engine:
-    """Makes what a run computes with.
+    """Makes the engine of a run.
 
     Args:
         config: the run.
@@ -156,13 +156,13 @@ def make_engine(config: TrainConfig[Any], devices: Any = None) -> Engine:
 
 
 def _require_parameters(config: TrainConfig[Any]) -> None:
-    """Checks that there are parameters by the names that are exempt from caution."""
+    """Checks that the parameters exempt from caution exist."""
     names = by_name(jax.eval_shape(lambda: config.task.init(0)))
     known = {part for name in names for part in name.split(".")}
     for name in config.optimizer.exempt:
         require(
             name in known,
-            f"exempt: there is no parameter {name!r}; choose among "
+            f"exempt: there is no parameter {name!r}; choose from "
             f"{', '.join(sorted(known))}",
         )
 
@@ -174,7 +174,7 @@ def _make_tx(config: TrainConfig[Any]) -> optax.GradientTransformation:
 
 
 def _undecayed(config: TrainConfig[Any]) -> optax.GradientTransformation:
-    """Makes the optimizer, with the same state, for the signs of its update.
+    """Makes an optimizer with the same state, whose updates contain no decay.
 
     Decay does not come from the gradient, and a learning rate of zero leaves no sign.
     """

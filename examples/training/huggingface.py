@@ -190,7 +190,7 @@ class _RowIterator(grain.DatasetIterator[T]):  # type: ignore[misc]
         self._begin(None)
 
     def _begin(self, position: Any) -> None:
-        """Begins a pass, or goes on with one where the position is not None."""
+        """Starts a pass, or resumes one where the position is not None."""
         # A dataset holds the position of its iteration, and one that was loaded stays
         # for the passes to come. Each pass takes the only shard of one: a copy that
         # shares no position.

@@ -193,7 +193,7 @@ def _steps(
 
 
 def is_over(records: list[log.Record], steps: int) -> bool:
-    """Says whether a run has taken all its steps, or has diverged."""
+    """Returns whether a run has taken all its steps, or has diverged."""
     return bool(records) and (
         records[-1]["step"] == steps or bool(records[-1].get("diverged"))
     )
@@ -236,7 +236,7 @@ def _aligned(aligned: Aligned) -> log.Record:
 
 
 def _until_not_finite(records: list[log.Record]) -> list[log.Record]:
-    """Ends records at the first loss that is not finite, or else at the last."""
+    """Truncates records after the first loss that is not finite, if there is one."""
     for i, record in enumerate(records):
         if not np.isfinite(record["loss"]):
             records = records[: i + 1]

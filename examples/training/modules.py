@@ -93,9 +93,9 @@ def attention_implementation(query: jax.Array) -> Literal["cudnn"] | None:
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps all for the backward pass but kernels that were cast and gathered.
+    """Saves everything for the backward pass except cast and gathered kernels.
 
-    Kept, those of all layers would be on every device at once. A policy for
-    ``jax.checkpoint``.
+    A policy for ``jax.checkpoint``. If they were saved, the kernels of all layers would
+    be on every device at once.
     """
     return primitive.name not in ("sharding_constraint", "convert_element_type")

@@ -26,15 +26,15 @@ class Optimizer:
     """A row of the table."""
 
     title: str
-    """How a table or a picture writes it."""
+    """Its name in tables and figures."""
     base: _Constructor
     """Without caution."""
     cautious: _Constructor | None = None
     """With caution; None for one that ``with_caution`` wraps."""
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """What it calls a setting, where it does not go by the setting's name."""
+    """Its own names for settings, where they differ."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Options that no setting changes."""
+    """Options that are always set."""
     unit_steps: bool = True
     """Whether each step moves a parameter by about the learning rate."""
 
@@ -92,7 +92,7 @@ class OptimizerConfig:
     """
 
     optimizer: OptimizerName = "adamw"
-    """What to train with."""
+    """The optimizer."""
     caution: bool = True
     """Move a parameter only where the optimizer's update agrees with the gradient."""
     learning_rate: float | None = None
@@ -137,7 +137,7 @@ class OptimizerConfig:
 
     @property
     def title(self) -> str:
-        """Writes the optimizer as it stands in a table or a picture."""
+        """The optimizer's name for tables and figures."""
         return title(self.optimizer, self.caution)
 
     @property
@@ -177,7 +177,7 @@ class OptimizerConfig:
             self.schedule != "warmup-stable-decay"
             or self.warmup_fraction + self.decay_fraction <= 1,
             f"decay_fraction is {self.decay_fraction}: with a warmup_fraction of "
-            f"{self.warmup_fraction} that is more than all steps",
+            f"{self.warmup_fraction} they exceed the whole run",
         )
         given = [
             f.name
@@ -186,8 +186,7 @@ class OptimizerConfig:
         ]
         require(
             self.caution or not given,
-            f"{', '.join(given)}: without caution there is nothing to set; give "
-            "--caution, too",
+            f"{', '.join(given)}: only caution has these settings; give --caution",
         )
 
 
@@ -196,12 +195,8 @@ RULE = ("opposed_weight", "min_fraction", "renormalize", "neutral", "alignment")
 
 
 def title(optimizer: str, caution: bool) -> str:
-    """Writes an optimizer as it stands in a table or a picture."""
-    return (
-        f"cautious {OPTIMIZERS[optimizer].title}"
-        if caution
-        else (OPTIMIZERS[optimizer].title)
-    )
+    """Returns an optimizer's name for tables and figures."""
+    return "cautious " * caution + OPTIMIZERS[optimizer].title
 
 
 def make_optimizer(
@@ -241,8 +236,16 @@ def make_optimizer(
     else:
         # The update is to be added by now, so decay is negative.
         decay = optax.add_decayed_weights(-config.weight_decay, mask=decays)
+    # The names within a stack do not say which stack it is.
+    of_stacks = {
+        name: config.without_caution() if name in config.exempt else config
+        for name in stacked
+    }
     parts = [
-        per_layer(_direction(config), _direction_of_the_rest(config), stacked),
+        per_layer(
+            {name: _direction(of_stack) for name, of_stack in of_stacks.items()},
+            _direction_of_the_rest(config),
+        ),
         decay,
         optax.scale_by_schedule(schedule),
     ]
@@ -272,7 +275,7 @@ def make_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Sch
 
 
 def shared_steps(config: OptimizerConfig, steps: int) -> int | None:
-    """Returns how many steps a longer run shares with one of so many, after a warm-up.
+    """Returns how many steps a longer run shares, but for the warm-up.
 
     That is up to where the learning rate falls; None where it depends on the length
     from the beginning.
@@ -292,9 +295,8 @@ class PerLayerState(NamedTuple):
 
 
 def per_layer(
-    tx: optax.GradientTransformation,
+    txs: Mapping[str, optax.GradientTransformation],
     rest_tx: optax.GradientTransformation,
-    stacked: Iterable[str],
 ) -> optax.GradientTransformation:
     """Shows an optimizer the parameters of each layer as leaves of their own.
 
@@ -304,13 +306,12 @@ def per_layer(
     that, and moves nothing in memory.
 
     Args:
-        tx: the transformation for the layers.
+        txs: for each child of the parameters that has a leading axis of layers in each
+            leaf, the transformation of a layer.
         rest_tx: the one for all else.
-        stacked: children of the parameters with a leading axis of layers in each leaf.
     """
-    stacked = tuple(stacked)
 
-    def state_axes(stack: Any) -> Any:
+    def state_axes(tx: optax.GradientTransformation, stack: Any) -> Any:
         # A step count is one for all layers. As a vector of them, it would make Adam's
         # bias correction an array as large as the parameters.
         layer = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], stack))
@@ -319,14 +320,14 @@ def per_layer(
         )
 
     def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        stacks = {name: tree[name] for name in stacked}
+        stacks = {name: tree[name] for name in txs}
         return stacks, {k: child for k, child in tree.items() if k not in stacks}
 
     def init(params: Any) -> PerLayerState:
         stacks, rest = split(params)
         states = {
-            name: jax.vmap(tx.init, out_axes=state_axes(stack))(stack)
-            for name, stack in stacks.items()
+            name: jax.vmap(tx.init, out_axes=state_axes(tx, stacks[name]))(stacks[name])
+            for name, tx in txs.items()
         }
         return PerLayerState(states, rest_tx.init(rest))
 
@@ -335,18 +336,18 @@ def per_layer(
         stacks, rest = split(params)
         out, rest_state = rest_tx.update(rest_grads, state.rest, rest)
         out, states = dict(out), {}
-        for name, stack in stacks.items():
-            axes = state_axes(stack)
+        for name, tx in txs.items():
+            axes = state_axes(tx, stacks[name])
             out[name], states[name] = jax.vmap(
                 tx.update, in_axes=(0, axes, 0), out_axes=(0, axes)
-            )(grads[name], state.stacks[name], stack)
+            )(grads[name], state.stacks[name], stacks[name])
         return out, PerLayerState(states, rest_state)
 
     return optax.GradientTransformation(init, update)
 
 
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Makes the optimizer proper, at a learning rate of 1."""
+    """Makes the optimizer without decay, at a learning rate of 1."""
     name = config.optimizer
     row = OPTIMIZERS[name]
     parameters = inspect.signature(row.base).parameters
@@ -373,7 +374,7 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _direction_of_the_rest(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Makes the optimizer for all but the layers, whose matrices Muon is for."""
+    """Makes the optimizer for everything outside the layers: AdamW in place of Muon."""
     return _direction(
         replace(config, optimizer="adamw") if config.optimizer == "muon" else config
     )
@@ -384,7 +385,7 @@ def _not_exempt(exempt: tuple[str, ...]) -> Callable[[Any], Any]:
 
 
 def _where(params: Any, holds: Callable[[set[str]], bool]) -> Any:
-    """Marks each leaf for which something holds of the names along its path."""
+    """Returns a tree of bools: whether a predicate holds of the names on each path."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: holds({str(getattr(key, "key", key)) for key in path}), params
     )

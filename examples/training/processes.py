@@ -81,18 +81,17 @@ def require_same_data(data: Data) -> None:
     different = (digests != digests[0]).any(axis=1)
     require(
         not different.any(),
-        f"data: process {int(np.argmax(different))} has other data than process 0; "
+        f"data: process {int(np.argmax(different))} has different data from process 0; "
         "give the same to all",
     )
 
 
 @contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
-    """Gives the function that says, after a step, whether to save and end.
+    """Yields a function that returns, after a step, whether to save and stop.
 
-    That is when SIGTERM has come, or Ctrl-C for the first time; the second Ctrl-C ends
-    the program at once. With several processes it says so to all of them after the same
-    step.
+    That is after SIGTERM or the first Ctrl-C; a second Ctrl-C ends the program at
+    once. With several processes, all of them stop after the same step.
     """
     came = threading.Event()
 

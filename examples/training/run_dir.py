@@ -1,4 +1,4 @@
-"""The directory of a run, and whether the run can go on there.
+"""The directory of a run: locked, checked, and resumed or started.
 
 It holds the configuration, what the data keep beside a run, a hash of the data, the log
 and the checkpoints. Of a run that has not taken a step, nothing is left there.
@@ -33,23 +33,23 @@ DATA_NAME = "data.sha256"
 LOCK_NAME = "run.lock"
 
 VISIBLE_SECONDS = 60
-"""After which a network's file system shows to all what one process has written."""
+"""How long a network's file system may take to show a file to all processes."""
 
 
 class Opened(NamedTuple):
-    """What a run's directory holds at the start."""
+    """The state of a run's directory when a run starts."""
 
     records: list[log.Record]
     """The log so far."""
     limit: int | None = None
-    """The last step that a longer schedule shares with the one so far."""
+    """If the run's length changes, the last step that both lengths share."""
 
 
 @contextmanager
 def occupied(run_dir: Path) -> Iterator[None]:
-    """Keeps other programs out of a run's directory.
+    """Locks a run's directory while it is in use.
 
-    The system lets go of the lock when the program ends, however it does.
+    The operating system releases the lock when the program ends, even if killed.
 
     Raises:
         InputError: where another program trains there.
@@ -62,11 +62,14 @@ def occupied(run_dir: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise InputError(
-                f"run_dir: another program trains in {run_dir}; wait for it, or choose "
-                "another --run-dir"
+                f"run_dir: another program is training in {run_dir}; wait for it, or "
+                "choose another --run-dir"
             ) from error
         except (NotImplementedError, OSError) as error:
-            print(f"Cannot lock {run_dir} ({reason(error)}): start one program there.")
+            print(
+                f"Cannot lock {run_dir} ({reason(error)}). Make sure that one program "
+                "trains there."
+            )
     before = set(run_dir.iterdir())
     try:
         yield
@@ -81,7 +84,7 @@ def occupied(run_dir: Path) -> Iterator[None]:
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Says whether a run has taken a step."""
+    """Returns whether a run has taken a step."""
     return bool(log.read(run_dir)) or bool(saved_steps(run_dir / CHECKPOINTS_NAME))
 
 
@@ -127,7 +130,7 @@ def _shared_steps(
     records: list[log.Record],
     run_dir: Path,
 ) -> int:
-    """Returns the last step that two lengths of a run share.
+    """Returns the last step that the old and the new length of a run have in common.
 
     Raises:
         InputError: where they share too little.
@@ -165,7 +168,7 @@ def _shared_steps(
 
 
 def _set_aside_after(limit: int, run_dir: Path) -> None:
-    """Moves the checkpoints of a learning rate that fell out of the way."""
+    """Moves checkpoints made during the decay of the learning rate out of the way."""
     directory = run_dir / CHECKPOINTS_NAME
     for step in saved_steps(directory):
         if step > limit:
@@ -243,7 +246,7 @@ def is_saved(records: list[log.Record], run_dir: Path) -> bool:
 
 
 def _remove(paths: Iterable[Path]) -> None:
-    """Removes files and directories, and last what says that a run is there."""
+    """Removes files and directories, config.json last."""
     for path in sorted(paths, key=lambda path: path.name == CONFIG_NAME):
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Files in which Hugging Face's transformers finds a model."""
+"""Model files in the format of Hugging Face's transformers."""
 
 import json
 from collections.abc import Iterator, Mapping

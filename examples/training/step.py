@@ -48,7 +48,7 @@ def cut(batch: Batch, parts: int) -> Batch:
 def mean_gradient(
     task: Task, params: Params, batch: Batch, parts: int
 ) -> tuple[jax.Array, Params]:
-    """Computes the loss and its gradient, of one part of the batch after the other.
+    """Computes the loss and its gradient, accumulated over parts of the batch.
 
     Args:
         task: what the loss is of.

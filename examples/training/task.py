@@ -1,4 +1,4 @@
-"""What an experiment brings to the training program."""
+"""The interface between the training program and an experiment."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,13 +29,11 @@ class Data:
     fingerprint: str
     """Hash of the data, the same on all processes."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """What else of the data is kept beside a run: texts by the names of their files."""
+    """Further files kept with a run: contents by file name."""
 
 
-Models = Mapping[str, Params]
-"""Parameters in the host's memory, by what to call the models."""
-
-Load = Callable[[], Data]
+LoadModels = Callable[[], Mapping[str, Params]]
+LoadData = Callable[[], Data]
 
 
 class Batches(Protocol):
@@ -64,16 +62,16 @@ class Task(Protocol):
     name: ClassVar[str]
     """Of the experiment: its runs are in ``outputs/NAME``."""
     unit: ClassVar[str]
-    """What the speed is measured in, such as "tokens"."""
+    """The unit of throughput, such as "tokens"."""
     metrics: ClassVar[Mapping[str, Callable[[float], float]]]
-    """What else is shown of a loss, such as ``{"perplexity": exp}``."""
+    """Other metrics computed from a loss, such as ``{"perplexity": exp}``."""
     layout: ClassVar[Mapping[str, tuple[str | None, ...]]]
-    """The axes of the mesh along those of a parameter, by the name of what holds it. A
+    """Mesh axes of each parameter's dimensions, by the name of its module. A
     parameter that is not listed is on every device."""
     not_decayed: ClassVar[frozenset[str]]
     """Names of parameters, or of what holds them, that weight decay spares."""
     free: ClassVar[frozenset[str]]
-    """Settings that may change when a run goes on."""
+    """Settings that may change when a run resumes."""
 
     @property
     def data(self) -> Batches:
@@ -89,13 +87,13 @@ class Task(Protocol):
 
     @property
     def divided(self) -> Mapping[str, Mapping[str, int]]:
-        """Sizes that each axis of the mesh has to divide, by the setting's name."""
+        """Sizes that must be divisible by each axis of the mesh, by setting."""
 
     def describe(self) -> str:
-        """Says what a step sees, such as "16 x 128 tokens"."""
+        """Describes a batch, such as "16 x 128 tokens"."""
 
     def default_learning_rate(self, optimizer: str) -> float | None:
-        """Returns the best learning rate of a sweep of this model, if there was one."""
+        """Returns a tuned learning rate for this model, or None."""
 
     def init(self, seed: int) -> Params:
         """Draws the initial parameters."""
@@ -116,17 +114,17 @@ class Task(Protocol):
     def flops(self) -> float:
         """Counts the operations of a training step."""
 
-    def show(self, models: Models, load: Load, directory: Path) -> list[Path]:
+    def show(self, models: LoadModels, data: LoadData, directory: Path) -> list[Path]:
         """Draws what trained models do, side by side, and returns the files.
 
         Args:
-            models: by what to call them.
-            load: loads the data that they were validated on.
+            models: loads the parameters, by what to call the models.
+            data: loads the data that they were validated on.
             directory: where the files go.
         """
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
-        """Returns the task with as many layers in each iteration of its loops."""
+        """Returns the task with its layer scans unrolled by these factors."""
 
 
 def count_parameters(task: Task) -> int:

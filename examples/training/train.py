@@ -82,11 +82,11 @@ def train(
         over = "was finished before" if over_before else "is finished"
         print(f"The run {over}: {summary(last, task)}, in {run_dir}")
     else:
-        print(f"Stopped: step {last['step']} is saved, and the same command goes on.")
+        print(f"Stopped: step {last['step']} is saved. Run the same command to resume.")
 
 
 def warn_of_a_high_rate(config: TrainConfig[Any]) -> None:
-    """Says so where each step moves a weight by more than weights are large."""
+    """Warns of a learning rate larger than typical weights."""
     row, rate = OPTIMIZERS[config.optimizer.optimizer], config.learning_rate
     if row.unit_steps and rate > 0.3:
         print(

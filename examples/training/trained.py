@@ -62,13 +62,21 @@ def load_trained(source: Source, task: type[T]) -> Trained[T]:
     return Trained(config, step, params)
 
 
+def is_loadable(run_dir: Path) -> bool:
+    """Returns whether a run has any checkpoint left."""
+    return bool(saved_steps(run_dir / CHECKPOINTS_NAME))
+
+
 def choose_step(source: Source) -> int:
-    """Finds the step of the checkpoint that is asked for.
+    """Returns the step of the requested checkpoint.
 
     Raises:
         InputError: where there is none.
     """
-    require(source.step is None or not source.best, "step and best: give one of them")
+    require(
+        source.step is None or not source.best,
+        "step and best: give one of them",
+    )
     directory = source.run_dir / CHECKPOINTS_NAME
     steps = saved_steps(directory)
     require(bool(steps), f"run_dir: there is no checkpoint in {directory}")

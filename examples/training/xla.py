@@ -1,4 +1,4 @@
-"""What XLA's compilers say of a program: its collectives, for devices that are away."""
+"""Ahead-of-time compilation: the devices of a TPU slice, a program's collectives."""
 
 import math
 import os
@@ -20,12 +20,12 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "u16": 2, "bf16": 2, "f16": 2}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 EACH_BYTE_ONCE: dict[str, str | bool] = {"xla_vf_vmem_max_outstanding_prefetches": "0"}
-"""Else the compiler moves some arrays into the chip's vector memory ahead of their use,
-and counts what it writes there and reads again."""
+"""Otherwise the compiler prefetches some arrays into the chip's vector memory,
+and counts those bytes again."""
 
 
 class Collective(NamedTuple):
-    """All operations of one kind that a step does."""
+    """The collective operations of one kind in a step."""
 
     times: int
     bytes: float
@@ -33,7 +33,7 @@ class Collective(NamedTuple):
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """Makes the devices of a slice that is not here, such as v5e:4x4.
+    """Returns the devices of a TPU slice such as v5e:4x4 to compile for.
 
     Raises:
         InputError: without the compiler, and for a slice that it does not know.
@@ -109,13 +109,13 @@ def _called(line: str, how: str) -> list[str]:
 
 
 def _trips(condition: list[str]) -> int:
-    """Returns the number that the counter of a scan is compared with."""
+    """Returns the trip count of a scan."""
     (number,) = re.findall(r"constant\((\d+)\)", "\n".join(condition))
     return int(number)
 
 
 def _size(shapes: str) -> int:
-    """Adds up the bytes of shapes such as bf16[8,128]."""
+    """Returns the bytes of shapes such as bf16[8,128]."""
     total = 0
     for dtype, dimensions in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
         elements = math.prod(map(int, filter(None, dimensions.split(","))))

@@ -23,13 +23,13 @@ from examples.llama.config import MODELS, DataConfig, ModelConfig
 from examples.llama.model import (
     Attention,
     Llama,
-    count_parameters,
     make_graphdef,
     rotary_embedding,
 )
 from examples.llama.task import LlamaTask
 from examples.training import step
 from examples.training.modules import attention_implementation
+from examples.training.task import count_parameters
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -41,12 +41,7 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_optimization():
-    """These programs run for less time than it takes to optimize them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 loss_fn = jax.jit(LlamaTask.loss, static_argnums=0)
@@ -214,7 +209,7 @@ def test_number_of_parameters():
     block = attention + feed_forward + 2 * 32
     expected = 300 * 32 + 2 * block + 32 + 32 * 300
     assert optax.tree.size(params) == expected
-    assert count_parameters(MODEL) == expected
+    assert count_parameters(TASK) == expected
     assert optax.tree.size(nnx.state(Llama(MODEL, nnx.Rngs(0)))) == expected
 
 
@@ -275,7 +270,7 @@ def test_how_it_is_computed_changes_nothing(option):
     [("60m", 58_073_600), ("1b", 1_339_082_752), ("7b", 6_738_415_616)],
 )
 def test_the_models_of_the_paper(name, parameters):
-    assert count_parameters(MODELS[name]) == parameters
+    assert count_parameters(LlamaTask(MODELS[name])) == parameters
 
 
 # Step

@@ -11,13 +11,15 @@ import pytest
 
 pytest.importorskip("tyro", reason="needs the extra [examples]")
 
+from examples.llama import __main__ as llama
 from examples.llama.config import MODELS, DataConfig, ModelConfig
 from examples.llama.task import EXPERIMENT, PRESETS, LlamaTask
+from examples.mae import __main__ as mae
 from examples.training.checks import InputError
 from examples.training.command_line import main
 from examples.training.config import TrainConfig, from_json, to_json
 from examples.training.optimizers import OPTIMIZERS, OptimizerConfig, title
-from tests.examples.llama_fixtures import changed, named, run_command
+from tests.examples.training_fixtures import changed, named, run_command
 
 DEFAULT = TrainConfig(LlamaTask())
 TRAIN = partial(TrainConfig, LlamaTask())
@@ -160,6 +162,18 @@ def test_help_explains_every_option(capsys):
     assert not unexplained
 
 
+@pytest.mark.parametrize(
+    ("experiment", "command"),
+    [(llama, name) for name in llama.COMMANDS] + [(mae, name) for name in mae.COMMANDS],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)
+def test_every_command_explains_itself(experiment, command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main("program", experiment.EXPERIMENT, experiment.COMMANDS, [command, "-h"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: program {command} [-h]")
+
+
 def test_help_has_the_defaults_of_the_model(capsys):
     with pytest.raises(SystemExit):
         parse("--model 350m --help")
@@ -230,7 +244,7 @@ def test_the_commands_are_listed(capsys):
         (
             OptimizerConfig,
             {"caution": False, "opposed_weight": 0.5, "exempt": ("logits",)},
-            "opposed_weight, exempt: without caution .* give --caution, too",
+            "opposed_weight, exempt: only caution .* give --caution",
         ),
         (TRAIN, {"steps": 0}, "steps is 0"),
         (TRAIN, {"eval_every": 0}, "eval_every is 0"),

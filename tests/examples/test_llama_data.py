@@ -20,7 +20,7 @@ from examples.llama.data.load import load_data
 from examples.llama.data.text_files import load_corpus, split_documents
 from examples.llama.data.tokenizer import encode, load_tokenizer
 from examples.training.checks import InputError
-from tests.examples.llama_data_fixtures import (
+from tests.examples.data_fixtures import (
     VALIDATION,
     make_documents,
     save_tokenizer,

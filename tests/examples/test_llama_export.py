@@ -47,7 +47,7 @@ from examples.training.config import TrainConfig, to_json
 from examples.training.safetensors_files import save_tensors, split_tensors
 from examples.training.step import TrainState
 from examples.training.trained import Source
-from tests.examples.llama_fixtures import run_command
+from tests.examples.training_fixtures import run_command
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -82,12 +82,7 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_optimization():
-    """These programs run for less time than it takes to optimize them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 def random_params(model, seed=0):

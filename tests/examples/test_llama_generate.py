@@ -34,7 +34,7 @@ from examples.training.config import to_json as config_to_json
 from examples.training.sharding import make_mesh, shardings
 from examples.training.step import TrainState
 from examples.training.trained import Source
-from tests.examples.llama_fixtures import run_command
+from tests.examples.training_fixtures import run_command
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -52,12 +52,7 @@ LOSSES = {2: 5.0, 4: 4.0, 6: 4.5}
 """The steps of the run's checkpoints, and their validation losses."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_optimization():
-    """These programs run for less time than it takes to optimize them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 def random_params(model, seed=0):

@@ -20,7 +20,7 @@ from examples.llama.data.load import load_data
 from examples.llama.data.streaming import open_splits, stream_tokenizer
 from examples.llama.data.tokenizer import encode, load_tokenizer, train_tokenizer
 from examples.training.checks import InputError
-from tests.examples.llama_data_fixtures import (
+from tests.examples.data_fixtures import (
     TRAINING,
     VALIDATION,
     assert_resumes,

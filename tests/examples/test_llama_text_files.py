@@ -28,7 +28,7 @@ from examples.llama.data.text_files import (
     validation_batches,
 )
 from examples.training.checks import InputError
-from tests.examples.llama_data_fixtures import (
+from tests.examples.data_fixtures import (
     assert_resumes,
     make_documents,
     record_training,
@@ -148,7 +148,7 @@ def test_what_is_hidden_in_a_directory_is_left_out(tmp_path, capsys):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(name)
     assert read_documents((directory,)) == ["below/text", "text"]
-    assert "Left out 3 hidden files: " in (printed := capsys.readouterr().out)
+    assert "Ignored 3 hidden files: " in (printed := capsys.readouterr().out)
     assert f"{directory}/.git/config" in printed
     assert read_documents((directory / ".notes",)) == [".notes"]
 
@@ -169,7 +169,7 @@ def test_a_directory_of_data_files(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     for file in (name, "README.md", "LICENSE", "dataset_infos.json", ".gitattributes"):
         (tmp_path / file).write_text(ROWS)
-    message = f"data: there are rows, .* in .*{name}; pass --data hf:{tmp_path}, .*--te"
+    message = f"data: .*{name}: rows, not plain text; pass --data hf:{tmp_path}, .*--te"
     with pytest.raises(InputError, match=message):
         read_documents((tmp_path,))
 
@@ -177,7 +177,9 @@ def test_a_directory_of_data_files(name, tmp_path):
 def test_json_is_data_where_there_is_nothing_else(tmp_path):
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text(name)
-    with pytest.raises(InputError, match=r"rows, .*a.json, .*b.json; pass --data hf:"):
+    with pytest.raises(
+        InputError, match=r"a.json, .*b.json: rows, .*; pass --data hf:"
+    ):
         read_documents((tmp_path,))
     (tmp_path / "text").write_text("text")
     assert read_documents((tmp_path,)) == ["a.json", "b.json", "text"]
@@ -188,14 +190,14 @@ def test_data_files_beside_text_are_left_out(tmp_path, capsys):
         (tmp_path / name).write_text(name)
     assert read_documents((tmp_path,)) == ["notes.txt", "settings.json"]
     printed = capsys.readouterr().out
-    assert f"Left out 2 files that hold rows, not plain text: {tmp_path}/ta" in printed
+    assert f"Ignored 2 data files beside text: {tmp_path}/ta" in printed
     assert f"{tmp_path}/train.jsonl. To train on them instead, " in printed
 
 
 def test_a_named_data_file(tmp_path):
     for name in ("train.jsonl", "notes.txt"):
         (tmp_path / name).write_text(ROWS)
-    message = r"data: there are rows, .*train.jsonl; make a directory .* hf:DIRECTORY"
+    message = r"data: .*train.jsonl: rows, .*; make a directory .* hf:DIRECTORY"
     with pytest.raises(InputError, match=message):
         read_documents((tmp_path / "notes.txt", tmp_path / "train.jsonl"))
 

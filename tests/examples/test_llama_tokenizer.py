@@ -29,7 +29,7 @@ from examples.llama.data.tokenizer import (
     report_loss,
 )
 from examples.training.checks import InputError
-from tests.examples.llama_data_fixtures import make_documents, save_tokenizer
+from tests.examples.data_fixtures import make_documents, save_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from examples.mae.data import find_pictures, load_data, split_hashes
 from examples.mae.glyphs import draw_glyphs, font_files
 from examples.mae.pictures import augment, prepare, read_picture, to_colours
 from examples.training.checks import InputError
+from tests.examples.data_fixtures import assert_resumes
 
 SIZE = 16
 
@@ -78,22 +79,6 @@ def assert_equal(ours, theirs):
     assert ours.keys() == theirs.keys() == {"image", "seed"}
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name])
-
-
-def assert_resumes(dataset, steps, every=1):
-    """From each state, in a new iterator and in a used one, the same follows."""
-    iterator = iter(dataset)
-    states, batches = [], []
-    for _ in range(steps):
-        states.append(json.dumps(iterator.get_state()))
-        batches.append(next(iterator))
-    used = iter(dataset)
-    next(used)
-    for step in range(0, steps - 2, every):
-        for other in (iter(dataset), used):
-            other.set_state(json.loads(states[step]))
-            for expected in batches[step : step + 2]:
-                assert_equal(next(other), expected)
 
 
 def as_rows(images):
@@ -556,11 +541,6 @@ def test_too_few_pictures_to_validate_on(config):
     message = r"^data: 8 pictures to validate on, too few for 3 batches of 4; .*-frac"
     with pytest.raises(InputError, match=message):
         load_data(config, SIZE, 0)
-
-
-def test_a_batch_that_does_not_divide_among_processes(config):
-    with pytest.raises(InputError, match=r"^batch_size \(4\) does not divide among 3"):
-        load_data(config, SIZE, 0, 1, 3)
 
 
 @pytest.mark.parametrize(

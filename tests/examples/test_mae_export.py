@@ -19,9 +19,16 @@ from safetensors.numpy import load_file
 
 from examples.mae import export
 from examples.mae.config import MODELS
-from examples.mae.model import mask_noise, normalize, patchify, positions, random_mask
+from examples.mae.model import (
+    make_graphdef,
+    mask_noise,
+    normalize,
+    patchify,
+    positions,
+    random_mask,
+)
 from examples.mae.pictures import prepare
-from examples.mae.task import MAETask, make_graphdef
+from examples.mae.task import MAETask
 from examples.training.checks import InputError
 from examples.training.trained import Source
 from tests.examples.mae_fixtures import (
@@ -75,12 +82,7 @@ for prefix, layers, sizes in (
             SHAPES[f"{prefix}.{layer}.{name}"] = tuple(sizes[axis] for axis in axes)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_optimization():
-    """These programs run for less time than it takes to optimize them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 @pytest.fixture(scope="module")

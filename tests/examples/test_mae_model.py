@@ -22,7 +22,6 @@ from examples.mae.model import (
     PIXEL_MEAN,
     PIXEL_STD,
     MaskedAutoencoder,
-    count_parameters,
     flops_per_image,
     mask_noise,
     normalize,
@@ -31,7 +30,9 @@ from examples.mae.model import (
     random_mask,
     unpatchify,
 )
+from examples.mae.task import MAETask
 from examples.training.checks import InputError
+from examples.training.task import count_parameters
 
 MODEL = ModelConfig(
     image_size=16,
@@ -50,12 +51,7 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_optimization():
-    """These programs run for less time than it takes to optimize them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 @nnx.jit
@@ -482,7 +478,7 @@ def test_number_of_parameters():
         + 2 * 24
         + 25 * 48
     )
-    assert count_parameters(MODEL) == expected
+    assert count_parameters(MAETask(MODEL)) == expected
     state = nnx.state(init(MODEL))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == expected
 
@@ -492,7 +488,7 @@ def test_number_of_parameters():
     [("vit-b", 111_655_680), ("vit-l", 329_239_296), ("vit-h", 656_613_964)],
 )
 def test_the_models_of_the_paper(name, parameters):
-    assert count_parameters(MODELS[name]) == parameters
+    assert count_parameters(MAETask(MODELS[name])) == parameters
 
 
 def test_operations():

@@ -1,6 +1,5 @@
 """Pictures of what a trained autoencoder makes of what it sees."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -25,13 +24,7 @@ from tests.examples.mae_fixtures import (
     write_run,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def little_optimization():
-    """These programs run for less time than it takes to optimize them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 def read(path):
@@ -125,7 +118,7 @@ def test_models_side_by_side(tmp_path):
         name: random_params(MODEL, i)
         for i, name in enumerate(("AdamW", "cautious AdamW"))
     }
-    (path,) = task.show(models, make_data, tmp_path)
+    (path,) = task.show(lambda: models, make_data, tmp_path)
     assert path == tmp_path / "reconstructions.png"
     assert list(tmp_path.iterdir()) == [path]
 

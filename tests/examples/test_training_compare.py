@@ -3,10 +3,11 @@
 import csv
 import math
 import random
+import shutil
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
-import jax
 import pytest
 
 for _module in ("grain", "matplotlib", "tokenizers", "tqdm", "tyro"):
@@ -18,21 +19,17 @@ from PIL import Image
 
 from examples.llama.config import DataConfig, ModelConfig
 from examples.llama.task import LlamaTask, perplexity
-from examples.training import compare, log, report
+from examples.training import compare, log, plots, report
+from examples.training import history as history_of
 from examples.training.checks import InputError
 from examples.training.config import TrainConfig, settings
-from examples.training.report import Evaluation, History, Run, Side
-from tests.examples.llama_fixtures import changed, named, run_command
+from examples.training.history import Evaluation, History, Run, Side
+from tests.examples.training_fixtures import changed, named, run_command
 
 METRICS = {"perplexity": perplexity}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_optimization():
-    """These programs run for less time than it takes to optimize them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +86,18 @@ def cells(table, line):
 
 def test_the_step_at_which_a_loss_is_reached():
     evaluations = history(4.0, 3.0, 3.5, 2.0).evaluations
-    assert report.first_step_at(evaluations, 3.25) == 17.5
-    assert report.first_step_at(evaluations, 3.0) == 20
-    assert report.first_step_at(evaluations, 2.75) == 35
-    assert report.first_step_at(evaluations, 9.0) == 10
-    assert report.first_step_at(evaluations, 1.99) is None
-    assert report.first_step_at([], 1.0) is None
+    assert history_of.first_step_at(evaluations, 3.25) == 17.5
+    assert history_of.first_step_at(evaluations, 3.0) == 20
+    assert history_of.first_step_at(evaluations, 2.75) == 35
+    assert history_of.first_step_at(evaluations, 9.0) == 10
+    assert history_of.first_step_at(evaluations, 1.99) is None
+    assert history_of.first_step_at([], 1.0) is None
 
 
 def test_ratio_of_steps(config):
     base = history(4.0, 3.0)
     faster = history(3.5, 2.5, name="cautious_adamw")
-    assert report.speed_up(base, faster) == 20 / 15
+    assert history_of.speed_up(base, faster) == 20 / 15
     text = report.text([base, faster], config)
     assert (
         "At learning rate 1, the best for AdamW: cautious AdamW reached AdamW's final "
@@ -110,7 +107,7 @@ def test_ratio_of_steps(config):
     assert (cells(table, 2)[-1], cells(table, 3)[-1]) == ("", "1.33")
 
     slower = history(4.0, 3.1, name="cautious_adamw")
-    assert report.speed_up(base, slower) is None
+    assert history_of.speed_up(base, slower) is None
     assert "did not reach AdamW's" in report.text([base, slower], config)
     assert cells(report.table([base, slower], METRICS), 3)[-1] == "not reached"
 
@@ -157,7 +154,7 @@ def test_runs_that_diverged(config, tmp_path):
         history(3.5, 2.5, name="cautious_adamw"),
         history(3.5, 2.9, name="cautious_adamw", rate=4.0),
     ]
-    assert report.best(runs, Side("adamw", False)) == (runs[0],)
+    assert history_of.best(runs, Side("adamw", False)) == (runs[0],)
     table = report.table(runs, METRICS)
     assert cells(table, 3)[:3] == ["4", "AdamW", "diverged at step 13"]
     assert cells(table, 5)[-1] == ""
@@ -169,15 +166,15 @@ def test_runs_that_diverged(config, tmp_path):
 
 def test_an_optimizer_alone_is_compared_with_none():
     runs = [history(4.0, 3.0, name="cautious_lion"), history(4.0, 3.0)]
-    assert report.pairs(runs) == []
+    assert history_of.pairs(runs) == []
     assert report.verdicts(runs) == []
     assert cells(report.table(runs, METRICS), 2)[-1] == ""
 
 
 def test_the_picture_has_a_panel_more_for_several_learning_rates(tmp_path):
     runs = [history(4.0, 3.0, rate=rate) for rate in (1e-3, 2e-3)]
-    report.plot(runs, tmp_path / "two.png")
-    report.plot(runs[:1], tmp_path / "one.png")
+    plots.plot(runs, tmp_path / "two.png")
+    plots.plot(runs[:1], tmp_path / "one.png")
     two, one = (Image.open(tmp_path / f"{n}.png") for n in ("two", "one"))
     assert two.width > 1.5 * one.width
     assert len(one.convert("RGB").getcolors(maxcolors=2**24) or ()) > 10
@@ -235,13 +232,30 @@ def test_any_setting_is_swept_and_caution_s_with_caution_only(config):
     assert {len(group) for group in turns.values()} == {3}
 
 
+def test_values_of_several_parts_and_paths(config):
+    sweep = compare.parse_sweep(
+        ["exempt=none,embedding logits", "mesh=1 1 1,none", "tokenizer=a/b"]
+    )
+    runs = compare.plan(("adamw",), sweep, (0,), config)
+    cautious = {
+        (c.optimizer.exempt, c.mesh) for run, c in runs.items() if run.side.caution
+    }
+    assert cautious == {
+        (exempt, mesh)
+        for exempt in ((), ("embedding", "logits"))
+        for mesh in ((1, 1, 1), None)
+    }
+    assert {c.task.data.tokenizer for c in runs.values()} == {"a/b"}
+    assert all(Path(run.name).name == run.name for run in runs)
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
         (["b1"], "sweep: cannot read 'b1'; write a setting and its values"),
         (["b1="], "sweep: cannot read 'b1='"),
         (["b1=0.8,0.8"], "sweep: b1 has a value twice"),
-        (["b1=0.8", "b1=0.9"], "sweep: b1 is there twice"),
+        (["b1=0.8", "b1=0.9"], "sweep: b1 is given twice"),
         (["seed=0,1"], "sweep: seed is not swept; give --seeds"),
         (["optimizer=lion"], "sweep: optimizer is not swept; give --optimizers"),
         (["caution=true"], "sweep: caution is not swept; each optimizer is trained"),
@@ -258,7 +272,7 @@ def test_a_sweep_that_cannot_be(sweep, message, config):
 
 def test_the_interval_is_students_of_the_differences():
     base, other = [3.0, 3.2, 3.1], [2.9, 3.0, 3.05]
-    mean, low, high = report.paired_difference(base, other)
+    mean, low, high = history_of.paired_difference(base, other)
     differences = [o - b for o, b in zip(other, base)]
     assert mean == pytest.approx(statistics.fmean(differences))
     half = 4.302653 * statistics.stdev(differences) / math.sqrt(3)  # t(0.975, 2)
@@ -296,7 +310,7 @@ def test_two_swept_settings_are_maps_on_one_scale(tmp_path):
             (2e-3, "0.98", math.inf),
         )
     ]
-    report.plot(runs, tmp_path / "map.png")
+    plots.plot(runs, tmp_path / "map.png")
     assert Image.open(tmp_path / "map.png").width > 2500
     table = report.table(runs, METRICS)
     assert cells(table, 0)[:3] == ["learning rate", "b1", "optimizer"]
@@ -315,7 +329,7 @@ def test_compare_from_end_to_end(together, config, tmp_path, capsys):
     names = "lion", "cautious-lion"
     sides = Side("lion", False), Side("lion", True)
     histories = [
-        report.read_history(
+        history_of.read_history(
             Run(side, (("learning_rate", "0.001"),), 0),
             directory / f"{name}-learning_rate=0.001-seed0",
         )
@@ -372,6 +386,17 @@ def test_caution_changes_the_run_and_the_order_of_turns_does_not(config, tmp_pat
     assert losses[0][0] == losses[1][0]
 
 
+def test_the_report_needs_no_checkpoints(config, tmp_path, capsys):
+    def run():
+        compare.compare(("lion",), (), (0,), tmp_path, config=config)
+        return (tmp_path / "report.md").read_text()
+
+    text = run()
+    for directory in tmp_path.glob("*/checkpoints"):
+        shutil.rmtree(directory)
+    assert run() == text
+
+
 def test_one_that_diverges_ends_and_the_other_goes_on(config, tmp_path, capsys):
     both = changed(config, optimizer={"max_grad_norm": None})
     runs = compare.plan(("sgd",), {"learning_rate": ["1e30"]}, (0,), both)
@@ -382,7 +407,7 @@ def test_one_that_diverges_ends_and_the_other_goes_on(config, tmp_path, capsys):
         for run, c in runs.items()
     }
     assert compare.run_all(runs, (), tmp_path, together=True)
-    sgd, adamw = (report.read_history(run, tmp_path / run.name) for run in runs)
+    sgd, adamw = (history_of.read_history(run, tmp_path / run.name) for run in runs)
     assert sgd.diverged_at is not None
     assert len(sgd.losses) == sgd.diverged_at < config.steps
     assert adamw.diverged_at is None
@@ -409,8 +434,8 @@ def test_from_the_command_line(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((("lion", "lion"), {}, (0,)), "optimizers: one of them is there twice"),
-        ((("lion",), {}, (1, 1)), "seeds: one of them"),
+        ((("lion", "lion"), {}, (0,)), "optimizers: give each value once"),
+        ((("lion",), {}, (1, 1)), "seeds: give each value once"),
         (((), {}, (0,)), "optimizers: give at least one"),
         ((("lion",), {}, ()), "seeds: give at least one"),
         ((("lion",), {"learning_rate": ["0"]}, (0,)), r"learning_rate is 0\.0"),

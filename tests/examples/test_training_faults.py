@@ -43,11 +43,10 @@ from examples.training.optimizers import RULE, OptimizerConfig
 from examples.training.processes import preemption
 from examples.training.step import TrainState
 from examples.training.trained import Source, load_trained
-from tests.examples.llama_fixtures import (
+from tests.examples.training_fixtures import (
     MODEL,
     Command,
     changed,
-    little_compilation,
     programs_compiled_once,
     read_log,
     run_command,
@@ -68,10 +67,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("compiled")
-    with little_compilation(directory), programs_compiled_once():
-        yield directory
+def compiled_once(little_optimization):
+    with programs_compiled_once():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -207,14 +205,12 @@ def test_a_command_that_cannot_run_leaves_nothing(
     assert train(config, run_dir) == longer[:STEPS]
 
 
-def test_a_run_killed_before_its_first_step_is_begun_anew(
-    config, longer, cache, tmp_path
-):
+def test_a_run_killed_before_its_first_step_is_begun_anew(config, longer, tmp_path):
     """With other settings, too, and although nobody has taken away its lock."""
     run_dir = tmp_path / "run"
     other = changed(config, optimizer={"learning_rate": 0.2}, steps=MORE)
     kill = "os.rename", "metrics.partial", 1, int(signal.SIGKILL)
-    code, output = Command(other, tmp_path, cache).run_until(kill, run_dir)
+    code, output = Command(other, tmp_path).run_until(kill, run_dir)
     assert code == -signal.SIGKILL, output
     assert {"config.json", "run.lock"} <= {*names(run_dir)}
     assert train(config, run_dir) == longer[:STEPS]
@@ -226,7 +222,9 @@ def test_a_second_program_is_kept_out(config, longer, tmp_path):
     first = training(config, run_dir)
     records = next(first)
     there = names(run_dir)
-    with pytest.raises(InputError, match=r"^run_dir: another program trains in .*run;"):
+    with pytest.raises(
+        InputError, match=r"^run_dir: another program is training in .*run;"
+    ):
         next(training(config, run_dir))
     assert names(run_dir) == there
     records += itertools.chain.from_iterable(first)
@@ -239,7 +237,9 @@ def test_a_second_program_is_kept_out_before_the_first_step(
     run_dir = tmp_path / "run"
 
     def load(config):
-        with pytest.raises(InputError, match=r"^run_dir: another program trains in"):
+        with pytest.raises(
+            InputError, match=r"^run_dir: another program is training in"
+        ):
             next(training(config, run_dir))
         assert names(run_dir) == ["run.lock"]
         raise InputError("data: no")
@@ -295,7 +295,7 @@ def test_ctrl_c_before_the_first_step_waits_for_it(
         run_command("train", arguments)
     said = capfd.readouterr()
     assert "Ctrl-C once more ends at once" in said.err
-    assert "Stopped: step 1 is saved, and the same command goes on." in said.out
+    assert "Stopped: step 1 is saved. Run the same command to resume." in said.out
     assert steps_in(run_dir / "checkpoints") == [1]
     run_command("train", arguments)
     assert read_log(run_dir) == longer[:STEPS]
@@ -331,9 +331,9 @@ runpy.run_module("examples.llama", run_name="__main__", alter_sys=True)
 """
 
 
-def test_ctrl_c_twice_ends_at_once(config, longer, cache, tmp_path):
+def test_ctrl_c_twice_ends_at_once(config, longer, tmp_path):
     run_dir = tmp_path / "run"
-    command = Command(config, tmp_path, cache)
+    command = Command(config, tmp_path)
     code, output = command.run(run_dir, program=("-c", _INTERRUPTED_TWICE))
     assert code == 130, output
     assert output.endswith("\nInterrupted.\n")

@@ -39,7 +39,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from examples.llama.config import DataConfig
 from examples.llama.data.load import TOKENIZER_NAME
-from examples.llama.model import count_parameters, flops_per_token
+from examples.llama.model import flops_per_token
 from examples.llama.task import LlamaTask
 from examples.mae.config import DataConfig as PicturesConfig
 from examples.mae.config import ModelConfig as AutoencoderConfig
@@ -54,12 +54,12 @@ from examples.training.optimizers import OptimizerConfig
 from examples.training.processes import preemption
 from examples.training.run_dir import CONFIG_NAME, DATA_NAME
 from examples.training.step import TrainState
-from tests.examples.llama_fixtures import (
+from examples.training.task import count_parameters
+from tests.examples.training_fixtures import (
     MODEL,
     Command,
     changed,
     largest_file,
-    little_compilation,
     programs_compiled_once,
     read_log,
     run_command,
@@ -80,10 +80,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("compiled")
-    with little_compilation(directory), programs_compiled_once():
-        yield directory
+def compiled_once(little_optimization):
+    with programs_compiled_once():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +230,7 @@ def test_operations_of_a_token():
     parameters = 2 * block + 32 + 32 * 304
     # Scores and sums of 16 keys, forward and twice backward.
     scores = 2 * (3 * 2 * 2 * 16 * 32)
-    assert flops_per_token(MODEL, 16) == 6 * parameters + scores
+    assert flops_per_token(MODEL, parameters + 304 * 32, 16) == 6 * parameters + scores
 
 
 def test_utilization_is_of_the_peak_where_that_is_known(monkeypatch):
@@ -254,10 +253,8 @@ def test_a_run_that_is_stopped_anywhere_goes_on_exactly(config, whole, tmp_path)
     assert read_log(run_dir) == whole
 
 
-def test_a_run_killed_anywhere_goes_on_exactly(
-    config, whole, whole_dir, cache, tmp_path
-):
-    command = Command(config, tmp_path, cache)
+def test_a_run_killed_anywhere_goes_on_exactly(config, whole, whole_dir, tmp_path):
+    command = Command(config, tmp_path)
     run_dir = tmp_path / "run"
     draw = random.Random(0).randint
     kills = [
@@ -282,7 +279,7 @@ def test_a_run_killed_anywhere_goes_on_exactly(
     assert saved(run_dir) == saved(whole_dir)
 
 
-def test_an_autoencoder_killed_and_stopped_goes_on_exactly(cache, tmp_path):
+def test_an_autoencoder_killed_and_stopped_goes_on_exactly(tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     data = PicturesConfig(
@@ -307,7 +304,7 @@ def test_an_autoencoder_killed_and_stopped_goes_on_exactly(cache, tmp_path):
     )
     whole = train(config, tmp_path / "whole")
     run_dir = tmp_path / "run"
-    command = Command(config, tmp_path, cache)
+    command = Command(config, tmp_path)
     killed = "open", "metrics.jsonl", 4, int(signal.SIGKILL)
     code, output = command.run_until(killed, run_dir)
     assert code == -signal.SIGKILL, output
@@ -316,15 +313,15 @@ def test_an_autoencoder_killed_and_stopped_goes_on_exactly(cache, tmp_path):
     assert read_log(run_dir) == whole
 
 
-def test_sigterm_saves_and_ends(config, whole, cache, tmp_path):
-    command = Command(config, tmp_path, cache)
+def test_sigterm_saves_and_ends(config, whole, tmp_path):
+    command = Command(config, tmp_path)
     run_dir = tmp_path / "run"
     at = "open", "metrics.jsonl", 4, int(signal.SIGTERM)
     code, output = command.run_until(at, run_dir)
     assert code == 0, output
     step = saved(run_dir)[-1]
     assert 6 < step < STEPS
-    assert f"Stopped: step {step} is saved, and the same command goes on." in output
+    assert f"Stopped: step {step} is saved. Run the same command to resume." in output
     assert read_log(run_dir) == whole[:step]
     assert train(config, run_dir) == whole
 
@@ -403,7 +400,7 @@ def test_a_run_is_sampled_from_and_exported(config, whole_dir, tmp_path, capsys)
     assert len(text) > len("the \n")
     run_command("export", [*source, "--output-dir", str(tmp_path / "hf")])
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
-    assert sum(map(np.size, tensors.values())) == count_parameters(config.task.model)
+    assert sum(map(np.size, tensors.values())) == count_parameters(config.task)
     head = tensors["lm_head.weight"]
     assert head.shape == (config.task.model.vocab_size, config.task.model.hidden_size)
 

@@ -38,11 +38,10 @@ from examples.training.optimizers import (
 from examples.training.sharding import BATCH, make_mesh, shardings, specs
 from examples.training.step import mean_gradient
 from examples.training.task import Data
-from tests.examples.llama_fixtures import (
+from tests.examples.training_fixtures import (
     MODEL,
     Command,
     changed,
-    little_compilation,
     named,
     read_log,
     train,
@@ -82,11 +81,7 @@ TASK = CONFIG.task
 TOLERANCE = 5e-6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("compiled")
-    with little_compilation(directory):
-        yield directory
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 def with_optimizer(name, config=CONFIG, **changes):
@@ -428,7 +423,7 @@ def as_list(tree, axis=0):
 @pytest.mark.parametrize("name", LAYERWISE)
 def test_each_layer_is_optimized_for_itself(name):
     tx = LAYERWISE[name]
-    params, updates = descend(per_layer(tx, tx, ["blocks"]), PARAMS, GRADIENTS)
+    params, updates = descend(per_layer({"blocks": tx}, tx), PARAMS, GRADIENTS)
     for i in range(2):
         alone = descend(
             tx, layer(PARAMS["blocks"], i), layer(GRADIENTS["blocks"], i, axis=1)
@@ -447,10 +442,10 @@ def test_each_layer_is_optimized_for_itself(name):
 
 def test_the_layers_share_a_step_count():
     tx = optax.adamw(1.0)
-    state = per_layer(tx, tx, ["blocks"]).init(PARAMS)
+    state = per_layer({"blocks": tx}, tx).init(PARAMS)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.stacks["blocks"])}
     assert shapes == {(), (2, 8, 6), (2, 8)}
-    _, state = per_layer(tx, tx, ["blocks"]).update(PARAMS, state, PARAMS)
+    _, state = per_layer({"blocks": tx}, tx).update(PARAMS, state, PARAMS)
     assert {leaf.shape for leaf in jax.tree.leaves(state.stacks["blocks"])} == shapes
     assert int(optax.tree.get(state.stacks["blocks"], "count")) == 1
 
@@ -555,6 +550,55 @@ def test_decay_is_never_masked(name):
     assert 0 < masked.mean() < 1
 
 
+@pytest.mark.parametrize("name", ["adamw", "cautious_adamw"])
+def test_cautious_decay_decays_along_the_update(name):
+    """Without caution, too: it compares the update with the weight."""
+    config = OptimizerConfig(
+        **named(name),
+        learning_rate=1.0,
+        weight_decay=0.1,
+        schedule="constant",
+        warmup_fraction=0.0,
+    )
+
+    def update(**options):
+        tx = make_optimizer(replace(config, **options), STEPS)
+        grads = layer(GRADIENTS, 0)
+        return tx.update(grads, tx.init(PARAMS), PARAMS)[0]
+
+    alone, found = update(weight_decay=0.0), update(cautious_decay=True)
+    for path, decays in jax.tree_util.tree_leaves_with_path(DECAYS):
+        u, p, ours = (
+            dict(jax.tree_util.tree_leaves_with_path(tree))[path]
+            for tree in (alone, PARAMS, found)
+        )
+        along = u * p <= 0
+        np.testing.assert_allclose(ours, u - decays * along * 0.1 * p, atol=1e-6)
+        assert not decays or 0 < along.mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("cosine", {0: 0, 10: 2, 25: 1.05, 40: 0.1}),
+        ("linear", {0: 0, 5: 1, 10: 2, 25: 1.05, 40: 0.1}),
+        ("constant", {0: 0, 5: 1, 10: 2, 39: 2}),
+        ("warmup-stable-decay", {0: 0, 10: 2, 32: 2, 36: 1.05, 40: 0.1}),
+    ],
+)
+def test_schedules(schedule, rates):
+    config = OptimizerConfig(
+        learning_rate=2.0,
+        schedule=schedule,
+        warmup_fraction=0.25,
+        decay_fraction=0.2,
+        final_fraction=0.05,
+    )
+    found = make_schedule(config, 2.0, 40)
+    for count, rate in rates.items():
+        assert float(found(count)) == pytest.approx(rate, abs=1e-6), count
+
+
 def test_the_learning_rate_warms_up_and_decays():
     config = OptimizerConfig(
         learning_rate=2.0, warmup_fraction=0.25, final_fraction=0.05
@@ -581,6 +625,24 @@ def test_an_embedding_that_is_exempt_is_the_optimizers_without_caution(name):
         close(exempt[part], cautious[part])
         zeros = [(leaf == 0).any() for leaf in jax.tree.leaves(exempt[part])]
         assert any(zeros)
+
+
+@pytest.mark.parametrize("name", ["cautious_adamw", "cautious_nadamw"])
+def test_all_layers_may_be_exempt(name):
+    def all_updates(**options):
+        config = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.0, **options)
+        return descend(make_optimizer(config, STEPS), PARAMS, GRADIENTS)[1]
+
+    exempt = all_updates(**named(name), exempt=("blocks",))
+    plain = all_updates(**named(name) | {"caution": False})
+    close(exempt["blocks"], plain["blocks"])
+    assert (exempt["logits"]["kernel"] == 0).any()
+
+
+def test_a_parameter_that_is_not_there_cannot_be_exempt():
+    config = changed(CONFIG, optimizer={"exempt": ("embeding",)})
+    with pytest.raises(InputError, match=r"exempt: .* 'embeding'; .* embedding"):
+        make_engine(config)
 
 
 @pytest.mark.parametrize(
@@ -694,9 +756,9 @@ def test_devices_are_those_given():
         (
             "adamw",
             {"opposed_weight": 0.1},
-            "opposed_weight: without caution there is nothing to set",
+            "opposed_weight: only caution has these settings",
         ),
-        ("lamb", {"exempt": ("w",)}, "exempt: without .* give --caution, too$"),
+        ("lamb", {"exempt": ("w",)}, "exempt: only caution .* give --caution$"),
         ("adam", {}, "optimizer is 'adam': choose one of adamw, lion, sgd"),
     ],
 )
@@ -777,9 +839,9 @@ def free_port():
 
 
 @pytest.fixture
-def two_processes(long_config, cache, tmp_path):
+def two_processes(long_config, tmp_path):
     """Runs the command in two processes of four devices each, which find each other."""
-    command = Command(long_config, tmp_path, cache)
+    command = Command(long_config, tmp_path)
 
     def run(run_dir, program=None):
         address = f"localhost:{free_port()}"
@@ -848,7 +910,9 @@ def test_all_processes_have_the_same_text(change, monkeypatch):
     monkeypatch.setattr(processes.multihost_utils, "process_allgather", allgather)
     processes.require_same_data(data)
     if change:
-        with pytest.raises(InputError, match=r"^data: process 1 has other data than"):
+        with pytest.raises(
+            InputError, match=r"^data: process 1 has different data from"
+        ):
             processes.require_same_data(replace(data, **change))
     else:
         processes.require_same_data(replace(data))

@@ -170,7 +170,7 @@ def first_batches(dataset: Any, tokenizer: Tokenizer, config: DataConfig) -> np.
 
 
 def _text(config: DataConfig) -> Callable[[Mapping[str, Any]], str]:
-    """Makes what reads the document of a row; one that is missing is empty."""
+    """Returns a reader of a row's document; a missing one is empty."""
     return lambda row: row.get(config.text_column) or ""
 
 

@@ -35,13 +35,13 @@ _DATA_FILE = re.compile(
     r"\.((jsonl|ndjson|parquet|arrow|csv|tsv)(\.(gz|bz2|xz|zst))?|json\.(gz|bz2|xz|zst))$",
     re.IGNORECASE,
 )
-"""Names of files whose rows are documents, which the package ``datasets`` reads."""
+"""Names of data files, which the package ``datasets`` reads."""
 _OTHER_COLUMN = "and --text-column if their text is not in the column 'text'"
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _PIECES = 100
-"""Into about how many pieces a single document is cut."""
+"""About how many pieces a single document is cut into."""
 _PIECE = 1000
-"""Characters that each of them has at least."""
+"""Least length of a piece, in characters."""
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 
 
@@ -163,7 +163,7 @@ def _files(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
     _, data = _part_data_files(named)
     require(
         not data,
-        f"data: there are rows, not plain text, in {_listed(data)}; make a directory "
+        f"data: {_listed(data)}: rows, not plain text; make a directory "
         "with a file train.* and a file validation.*, and pass --data hf:DIRECTORY, "
         f"{_OTHER_COLUMN}",
     )
@@ -184,16 +184,16 @@ def _files_below(directory: Path) -> list[Path]:
         if any(part.startswith(".") for part in file.relative_to(directory).parts)
     ]
     if hidden:
-        print(f"Left out {len(hidden)} hidden files: {_listed(hidden)}.")
+        print(f"Ignored {len(hidden)} hidden files: {_listed(hidden)}.")
     text, data = _part_data_files(sorted({*files} - {*hidden}))
     if data:
         require(
             any(not _is_beside_data(file) for file in text),
-            f"data: there are rows, not plain text, in {_listed(data)}; pass --data "
+            f"data: {_listed(data)}: rows, not plain text; pass --data "
             f"hf:{directory}, {_OTHER_COLUMN}",
         )
         print(
-            f"Left out {len(data)} files that hold rows, not plain text: "
+            f"Ignored {len(data)} data files beside text: "
             f"{_listed(data)}. To train on them instead, give them a directory of "
             f"their own and pass --data hf:DIRECTORY, {_OTHER_COLUMN}."
         )
@@ -201,7 +201,7 @@ def _files_below(directory: Path) -> list[Path]:
 
 
 def _part_data_files(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Parts files into those of text and those of data.
+    """Separates text files from data files.
 
     JSON is text, such as a program's settings, unless there is nothing else.
     """
@@ -221,7 +221,7 @@ def _is_beside_data(file: Path) -> bool:
 
 
 def _listed(files: Sequence[Path], most: int = 3) -> str:
-    """Names the first of some files, and says how many more there are."""
+    """Lists the first few files, and the number of the others."""
     names = ", ".join(map(str, files[:most]))
     # A name need not be text, and could not be printed.
     names = names.encode(errors="backslashreplace").decode()
@@ -229,7 +229,7 @@ def _listed(files: Sequence[Path], most: int = 3) -> str:
 
 
 def cut_document(text: str) -> list[str]:
-    """Cuts a document into pieces, for a part of it to be validated on.
+    """Splits one document into pieces, so that some can be held out for validation.
 
     It is cut behind blank lines, where there are none behind the end of a line, and
     where there is none anywhere.
@@ -256,7 +256,7 @@ def cut_document(text: str) -> list[str]:
 
 
 def _place_to_cut(text: str, start: int, stop: int) -> int:
-    """Finds the best place between two."""
+    """Finds the best place to cut in a range."""
     if blank := _BLANK_LINES.search(text, start, stop):
         return blank.end()
     return text.find("\n", start, stop) + 1 or start

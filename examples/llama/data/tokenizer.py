@@ -18,9 +18,9 @@ DOCUMENTS_AT_ONCE = 32
 """How many documents to give to ``encode`` where there are many."""
 
 _SAMPLE = 1_000_000
-"""Characters on which a given tokenizer is tried."""
+"""Characters on which a given tokenizer is tested."""
 _MOST_LOST = 0.5
-"""Share of them that it may lose."""
+"""Share of them that it may drop."""
 
 
 def train_tokenizer(
@@ -168,7 +168,7 @@ def _encode_batch(method: Callable[..., list[Any]], documents: list[str]) -> lis
 def report_loss(
     tokenizer: Tokenizer, config: DataConfig, documents: Iterable[str]
 ) -> None:
-    """Says what share of the text a given tokenizer loses, if it loses any.
+    """Warns of the share of the text that a given tokenizer drops, if any.
 
     A character is lost where no token stands for it but the unknown one, or none at
     all. White space does not count.
@@ -213,7 +213,7 @@ def report_loss(
 
 
 def _kept(length: int, encoding: Any, lost_ids: list[int]) -> np.ndarray:
-    """Tells of each character whether a token stands for it, and no lost one."""
+    """Returns a mask of the characters that the tokens cover."""
     kept = np.zeros(length, bool)
     spans: np.ndarray = np.array(encoding.offsets, int).reshape(-1, 2)
     is_lost = np.isin(encoding.ids, lost_ids)
@@ -228,7 +228,7 @@ def _kept(length: int, encoding: Any, lost_ids: list[int]) -> np.ndarray:
 def _mark_lost(
     tokenizer: Tokenizer, end_of_document: str
 ) -> tuple[Tokenizer, list[int]]:
-    """Returns a tokenizer that has tokens for what the given one loses, and their ids.
+    """Returns a tokenizer that marks what the given one drops, and the marks' ids.
 
     A BPE without an unknown token leaves out what it does not know, and the places that
     it gives for what comes behind are wrong: it gets one.

@@ -1,4 +1,4 @@
-"""What the tests of the Llama program's data share: documents, files, and checks."""
+"""What tests of data share: documents, files, and checks."""
 
 import gzip
 import json
@@ -6,6 +6,7 @@ import random
 import sys
 from contextlib import contextmanager
 
+import chex
 import numpy as np
 
 from examples.llama.config import END_OF_DOCUMENT
@@ -103,11 +104,11 @@ def assert_resumes(dataset, steps, every=1):
             other.set_state(json.loads(states[step]))
             assert json.dumps(other.get_state()) == states[step]
             for expected in batches[step : step + 3]:
-                np.testing.assert_array_equal(next(other), expected)
+                chex.assert_trees_all_equal(next(other), expected)
         fresh.close()
     used.set_state(json.loads(states[3]))
     for expected in batches[3:]:
-        np.testing.assert_array_equal(next(used), expected)
+        chex.assert_trees_all_equal(next(used), expected)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the tests of the Llama program share: a corpus, settings, and its command."""
+"""What tests of the training program share: data, settings, and its commands."""
 
 import itertools
 import os
@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from examples.llama.__main__ import COMMANDS
@@ -65,29 +64,6 @@ def write_documents(directory):
         text = " ".join(generator.choices(words, k=150))
         (directory / f"{i}.txt").write_text(f"document {i}\n{text}")
     return directory
-
-
-@contextmanager
-def little_compilation(directory):
-    """Compiles with little optimization, and each program once, also in processes.
-
-    The programs of these tests run for less time than it takes to optimize them.
-    """
-    options = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(directory),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in options}
-    _configure(options)
-    yield
-    _configure(before)
-
-
-def _configure(options):
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # It looks at its options once.
 
 
 @contextmanager
@@ -183,8 +159,8 @@ class Process:
 class Command:
     """The command that trains, in processes of its own."""
 
-    def __init__(self, config, directory, cache):
-        """Writes the settings into a directory; another keeps what is compiled."""
+    def __init__(self, config, directory):
+        """Writes the settings into a directory."""
         file = directory / "options.json"
         file.write_text(to_json(config))
         self._module = f"examples.{config.task.name}"
@@ -193,8 +169,6 @@ class Command:
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
     def start(self, run_dir, *options, program=None, **env):

@@ -1,0 +1,212 @@
+"""The runs of a comparison: what they differ in, what came of them, and statistics."""
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import scipy.stats
+
+from examples.training import log
+from examples.training.optimizers import title
+
+Point = tuple[tuple[str, str], ...]
+"""Names and values of the settings in which runs differ."""
+
+
+class Side(NamedTuple):
+    """An optimizer, with or without caution."""
+
+    optimizer: str
+    caution: bool
+
+    @property
+    def title(self) -> str:
+        """Its name in tables and figures."""
+        return title(self.optimizer, self.caution)
+
+
+class Run(NamedTuple):
+    """What the runs of a comparison differ in."""
+
+    side: Side
+    point: Point
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the directory."""
+        caution = "cautious-" * self.side.caution
+        # A value may be a path.
+        settings = "".join(f"-{name}={quote(value, ' ')}" for name, value in self.point)
+        return f"{caution}{self.side.optimizer}{settings}-seed{self.seed}"
+
+
+class Evaluation(NamedTuple):
+    """A point of a validation curve."""
+
+    step: int
+    loss: float
+    aligned_fraction: float
+
+
+@dataclass(frozen=True)
+class History:
+    """The record of one run."""
+
+    run: Run
+    losses: tuple[float, ...]
+    """Training loss of every step."""
+    evaluations: tuple[Evaluation, ...]
+    seconds: tuple[float, ...]
+    """Time a step took on average, between each writing of the log and the next."""
+    diverged_at: int | None = None
+    """The step at which the loss was not finite."""
+    aligned_fractions: Mapping[str, np.ndarray] | None = None
+    """Of each parameter at each evaluation, ``[evaluations]`` or ``[evaluations,
+    L]``."""
+
+    @property
+    def final_loss(self) -> float:
+        """The last validation loss; infinite for a run that diverged."""
+        return self.evaluations[-1].loss if self.diverged_at is None else float("inf")
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median time of a step, without what came before the first writing."""
+        return statistics.median(self.seconds[1:] or self.seconds)
+
+    @property
+    def aligned_fraction(self) -> float:
+        """Mean over the evaluations."""
+        return statistics.fmean(e.aligned_fraction for e in self.evaluations)
+
+
+Group = tuple[History, ...]
+"""The runs of one side at one point, of all seeds."""
+
+
+def read_history(run: Run, directory: Path) -> History:
+    """Reads the log of a run that is over."""
+    records = log.read(directory)
+    evaluated = [r for r in records if np.isfinite(r.get("validation_loss", np.nan))]
+    names = evaluated[0].get("aligned_fractions", {}) if evaluated else {}
+    return History(
+        run=run,
+        losses=tuple(r["loss"] for r in records),
+        evaluations=tuple(
+            Evaluation(r["step"], r["validation_loss"], r["aligned_fraction"])
+            for r in evaluated
+        ),
+        seconds=tuple(
+            r["seconds_per_step"] for r in records if "seconds_per_step" in r
+        ),
+        diverged_at=records[-1]["step"] if records[-1].get("diverged") else None,
+        aligned_fractions={
+            name: np.array([r["aligned_fractions"][name] for r in evaluated])
+            for name in names
+        },
+    )
+
+
+def first_step_at(evaluations: Sequence[Evaluation], loss: float) -> float | None:
+    """Finds where a loss curve first comes down to a value.
+
+    Args:
+        evaluations: points of the curve, joined by straight lines.
+        loss: the value.
+
+    Returns:
+        The step, with a fraction, or None if the curve stays above.
+    """
+    if evaluations and evaluations[0].loss <= loss:
+        return evaluations[0].step
+    for before, after in itertools.pairwise(evaluations):
+        if after.loss <= loss:
+            share = (before.loss - loss) / (before.loss - after.loss)
+            return before.step + share * (after.step - before.step)
+    return None
+
+
+def speed_up(base: History, cautious: History) -> float | None:
+    """Returns the base's steps over those in which the other gets as far.
+
+    None if it never does. For a base that diverged there is nothing to reach.
+    """
+    if base.diverged_at is not None:
+        return None
+    reached = first_step_at(cautious.evaluations, base.final_loss)
+    return None if reached is None else base.evaluations[-1].step / reached
+
+
+def group(histories: Sequence[History]) -> dict[tuple[Side, Point], Group]:
+    """Puts the seeds of each side and point together."""
+    groups: dict[tuple[Side, Point], Group] = {}
+    for history in histories:
+        key = history.run.side, history.run.point
+        groups[key] = (*groups.get(key, ()), history)
+    return groups
+
+
+def mean_loss(histories: Group) -> float:
+    """Returns the mean final loss; infinite if a run diverged."""
+    return statistics.fmean(history.final_loss for history in histories)
+
+
+def best(histories: Sequence[History], side: Side) -> Group | None:
+    """Returns the runs at the point with the lowest mean final loss."""
+    of_side = [seeds for (own, _), seeds in group(histories).items() if own == side]
+    chosen = min(of_side, key=mean_loss, default=())
+    return chosen if chosen and np.isfinite(mean_loss(chosen)) else None
+
+
+def pairs(histories: Sequence[History]) -> list[tuple[Side, Side]]:
+    """Lists each optimizer that is there with and without caution."""
+    sides = list(dict.fromkeys(history.run.side for history in histories))
+    return [
+        (Side(side.optimizer, False), side)
+        for side in sides
+        if side.caution and Side(side.optimizer, False) in sides
+    ]
+
+
+def base_of(group_: Group, groups: Mapping[tuple[Side, Point], Group]) -> Group | None:
+    """Finds the runs without caution at the same point.
+
+    They have none of caution's own settings.
+    """
+    run = group_[0].run
+    for (side, point), seeds in groups.items():
+        if side == Side(run.side.optimizer, False) and set(point) <= set(run.point):
+            return seeds
+    return None
+
+
+def write_point(point: Point) -> str:
+    """Writes a point of the grid as text."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in point)
+
+
+class Interval(NamedTuple):
+    """A mean, and its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_difference(base: Sequence[float], other: Sequence[float]) -> Interval:
+    """Returns the mean of other - base over pairs, by Student's t of the differences.
+
+    Args:
+        base: a value for each seed, of two seeds at least.
+        other: those of the same seeds.
+    """
+    found = scipy.stats.ttest_rel(other, base)
+    low, high = found.confidence_interval(0.95)
+    mean = statistics.fmean(o - b for o, b in zip(other, base, strict=True))
+    return Interval(mean, float(low), float(high))

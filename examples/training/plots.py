@@ -1,0 +1,241 @@
+"""The pictures of a comparison: curves, final losses, and aligned fractions."""
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from examples.training.history import (
+    Evaluation,
+    Group,
+    History,
+    Side,
+    best,
+    first_step_at,
+    group,
+    mean_loss,
+    pairs,
+    write_point,
+)
+
+
+def plot(histories: Sequence[History], path: Path) -> None:
+    """Draws the validation curves, and the final losses over what was swept.
+
+    Each curve is that of a side's best point, the mean of all seeds in the range that
+    they span. Beside it are the final losses over one swept setting, or over two as a
+    map of colours for each side, on one scale.
+    """
+    swept = _swept(histories)
+    sides = list(_colors(histories)) if len(swept) > 1 else []
+    panels = 1 + (1 if len(swept) == 1 else len(sides))
+    figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    _plot_curves(axes[0], histories)
+    if len(swept) == 1:
+        _plot_final_losses(axes[1], histories, *swept[0])
+    elif swept:
+        _plot_maps(axes[1:], histories, sides, swept[:2])
+    figure.savefig(path, dpi=150)
+
+
+def _swept(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
+    """Lists the settings that have several values, and these, most values first."""
+    values: dict[str, dict[str, None]] = {}
+    for history in histories:
+        for name, value in history.run.point:
+            values.setdefault(name, {})[value] = None
+    # A learning rate that is each optimizer's default is not swept.
+    sides = {h.run.side for h in histories}
+    several = [(n, list(v)) for n, v in values.items() if len(v) > 1]
+    if len(several) == 1 and len(group(histories)) == len(sides):
+        return []
+    return several
+
+
+def _colors(histories: Sequence[History]) -> dict[Side, tuple[str, str]]:
+    """Chooses a color and a line for each side: dashed without caution."""
+    sides = list(dict.fromkeys(history.run.side for history in histories))
+    optimizers = list(dict.fromkeys(side.optimizer for side in sides))
+    return {
+        side: (f"C{optimizers.index(side.optimizer)}", "-" if side.caution else "--")
+        for side in sides
+    }
+
+
+def _plot_curves(axes: Axes, histories: Sequence[History]) -> None:
+    late: list[float] = []
+    for side, (color, line) in _colors(histories).items():
+        seeds = best(histories, side)
+        if seeds is None:
+            continue
+        steps = [e.step for e in seeds[0].evaluations]
+        losses = np.array([[e.loss for e in h.evaluations] for h in seeds])
+        late += losses[:, losses.shape[1] // 6 :].max(0).tolist()
+        label = f"{side.title}, {write_point(seeds[0].run.point)}"
+        axes.plot(steps, losses.mean(0), line, color=color, linewidth=2, label=label)
+        if len(seeds) > 1:
+            axes.fill_between(
+                steps, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0
+            )
+    for base, cautious in pairs(histories):
+        _plot_arrow(axes, best(histories, base), best(histories, cautious))
+    if late:  # The steep beginning would flatten all the rest.
+        axes.set_ylim(top=max(late))
+    axes.set_xlim(left=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("validation loss")
+    axes.set_title("Each optimizer at its best")
+    _finish(axes)
+
+
+def _plot_arrow(axes: Axes, base: Group | None, cautious: Group | None) -> None:
+    """Draws the way from the base's last step to the one with the same loss."""
+    if base is None or cautious is None:
+        return
+    loss = mean_loss(base)
+    curve = [
+        Evaluation(points[0].step, statistics.fmean(p.loss for p in points), 0.0)
+        for points in zip(*[h.evaluations for h in cautious], strict=True)
+    ]
+    reached = first_step_at(curve, loss)
+    if reached is None:
+        return
+    end = base[0].evaluations[-1].step
+    arrow = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (reached, loss), (end, loss), arrowprops=arrow)
+    axes.annotate(
+        f"ratio of steps: {end / reached:.2f}",
+        ((reached + end) / 2, loss),
+        textcoords="offset points",
+        xytext=(0, 24),
+        horizontalalignment="center",
+        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
+    )
+
+
+def _plot_final_losses(
+    axes: Axes, histories: Sequence[History], name: str, values: Sequence[str]
+) -> None:
+    for side, (color, line) in _colors(histories).items():
+        at: dict[int, list[float]] = {}
+        for (own, point), seeds in group(histories).items():
+            value = dict(point).get(name)
+            if own == side and value is not None and np.isfinite(mean_loss(seeds)):
+                at[values.index(value)] = [h.final_loss for h in seeds]
+        if not at:
+            continue
+        places = sorted(at)
+        means = np.array([statistics.fmean(at[i]) for i in places])
+        ends = [[f(at[i]) for i in places] for f in (min, max)]
+        axes.errorbar(
+            places,
+            means,
+            yerr=np.abs(np.array(ends) - means),
+            fmt=f"o{line}",
+            color=color,
+            linewidth=2,
+            capsize=3,
+            label=side.title,
+        )
+    axes.set_xticks(range(len(values)), values)
+    axes.set_xlabel(name.replace("_", " "))
+    axes.set_ylabel("validation loss")
+    axes.set_title("Final loss")
+    _finish(axes)
+
+
+def _plot_maps(
+    axes: Sequence[Axes],
+    histories: Sequence[History],
+    sides: Sequence[Side],
+    swept: Sequence[tuple[str, list[str]]],
+) -> None:
+    """Draws the final losses over two settings; of a third, its best value is taken."""
+    (x_name, x_values), (y_name, y_values) = swept
+    maps = np.full((len(sides), len(y_values), len(x_values)), np.inf)
+    for (side, point), seeds in group(histories).items():
+        own = dict(point)
+        # What a side has not, like an option of caution, makes no difference to it.
+        xs = [x_values.index(own[x_name])] if x_name in own else range(len(x_values))
+        ys = [y_values.index(own[y_name])] if y_name in own else range(len(y_values))
+        for i, j in itertools.product(ys, xs):
+            cell = sides.index(side), i, j
+            maps[cell] = min(maps[cell], mean_loss(seeds))
+    finite = maps[np.isfinite(maps)]
+    # Far from the best, one loss is as bad as another.
+    low = finite.min() if finite.size else 0.0
+    high = max(np.quantile(finite, 0.8), low + 1e-6) if finite.size else 1.0
+    for panel, side, losses in zip(axes, sides, maps, strict=True):
+        image = panel.imshow(
+            losses, vmin=low, vmax=high, cmap="viridis_r", aspect="auto"
+        )
+        for (i, j), loss in np.ndenumerate(losses):
+            shown = f"{loss:.3f}" if np.isfinite(loss) else "diverged"
+            dark = np.isfinite(loss) and loss < (low + high) / 2
+            panel.text(
+                j, i, shown, ha="center", va="center", color="w" if not dark else "k"
+            )
+        panel.set_xticks(range(len(x_values)), x_values)
+        panel.set_yticks(range(len(y_values)), y_values)
+        panel.set_xlabel(x_name.replace("_", " "))
+        panel.set_ylabel(y_name.replace("_", " "))
+        panel.set_title(f"{side.title}: final loss")
+    axes[-1].figure.colorbar(image, ax=list(axes), extend="max")
+
+
+def plot_aligned(histories: Sequence[History], path: Path) -> None:
+    """Draws the aligned fraction of each parameter, by layers, over the steps.
+
+    Of each side, the run at its best point with the first seed.
+    """
+    shown = [
+        seeds[0]
+        for side in _colors(histories)
+        if (seeds := best(histories, side)) is not None and seeds[0].aligned_fractions
+    ]
+    if not shown:
+        return
+    fractions = [_rows(history.aligned_fractions or {}) for history in shown]
+    height = min(2 + 0.16 * len(fractions[0]), 40)
+    figure = Figure(figsize=(1.5 + 4.5 * len(shown), height), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for panel, history, rows in zip(panels, shown, fractions, strict=True):
+        steps = [e.step for e in history.evaluations]
+        image = panel.imshow(
+            list(rows.values()),
+            vmin=0,
+            vmax=1,
+            cmap="RdBu",
+            aspect="auto",
+            interpolation="nearest",
+            extent=(0, steps[-1], len(rows) - 0.5, -0.5),
+        )
+        panel.set_yticks(range(len(rows)), list(rows), fontsize=7)
+        panel.set_xlabel("step")
+        panel.set_title(history.run.side.title)
+    figure.colorbar(image, ax=list(panels), label="aligned fraction")
+    figure.savefig(path, dpi=150)
+
+
+def _rows(fractions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Lists the fractions of each parameter over the evaluations, layer by layer."""
+    rows = {}
+    for name, values in fractions.items():
+        short = name.removesuffix(".kernel").removesuffix(".scale")
+        if values.ndim == 1:
+            rows[short] = values
+        else:
+            rows |= {f"{short} {i}": column for i, column in enumerate(values.T)}
+    return rows
+
+
+def _finish(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
