@@ -1,6 +1,6 @@
 """The command that writes a trained model in the format of Hugging Face.
 
-``python -m examples.llama.export --run-dir DIR --output-dir OUT`` writes a directory
+``python -m examples.llama export --run-dir DIR --output-dir OUT`` writes a directory
 from which ``transformers`` loads a ``LlamaForCausalLM`` and its tokenizer, and other
 programs that read this format do too.
 """

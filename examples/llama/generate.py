@@ -1,6 +1,6 @@
 """The command that writes text with a trained model.
 
-``python -m examples.llama.generate --run-dir DIR --prompt "def "`` goes on with the
+``python -m examples.llama generate --run-dir DIR --prompt "def "`` goes on with the
 prompt as the run in DIR has learned to. ``--help`` lists all options.
 """
 

@@ -67,6 +67,11 @@ class ModelConfig:
         """Numbers in a patch: its pixels times three colours."""
         return 3 * self.patch_size**2
 
+    def masks_like(self, other: "ModelConfig") -> bool:
+        """Returns whether another model has the same pictures, patches and masks."""
+        names = ("image_size", "patch_size", "mask_ratio")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
     def __post_init__(self) -> None:
         """Checks the values."""
         for name in (

@@ -30,6 +30,7 @@ from examples.mae.pictures import (
 from examples.mae.streaming import first_pictures, open_stream, stream_batches
 from examples.mae.workers import WorkerBatches
 from examples.training.checks import InputError, require
+from examples.training.files import files_below, list_some, split_hashes
 from examples.training.huggingface import is_streamed
 from examples.training.task import Data
 
@@ -172,15 +173,17 @@ def _glyphs(config: DataConfig, image_size: int) -> _Corpus:
 
 def _files(config: DataConfig) -> _Corpus:
     """Finds the pictures that the configuration names, without exact duplicates."""
+    require(
+        "" not in config.data,
+        "data: '' is no file; leave --data out for the glyphs of fonts",
+    )
     found: dict[bytes, Path] = {}  # By the hash of the content.
     paths = list(find_pictures(map(Path, config.data)))
-    for path in tqdm(paths, "Reading", unit="file", leave=False):
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"data: cannot read {path} ({error.strerror})") from error
-        check_picture(content, path)
-        found.setdefault(_hash(content), path)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        hashes = pool.map(_hash_of_picture, paths)
+        progress = tqdm(hashes, "Reading", len(paths), unit="file", leave=False)
+        for path, digest in zip(paths, progress, strict=True):
+            found.setdefault(digest, path)
     require(
         bool(found),
         f"data: no pictures in {' '.join(config.data)}; give --data pictures or "
@@ -199,11 +202,21 @@ def _files(config: DataConfig) -> _Corpus:
     return _Corpus(datasets[0], datasets[1], fingerprint, "pictures")
 
 
+def _hash_of_picture(path: Path) -> bytes:
+    """Reads a file, checks that it is a whole picture, and hashes its content."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"data: cannot read {path} ({error.strerror})") from error
+    check_picture(content, path)
+    return _hash(content)
+
+
 def find_pictures(paths: Iterable[Path]) -> Iterator[Path]:
     """Yields each file that is named, and those below each directory, in order.
 
-    In a directory, a file whose name ends in no way that Pillow knows is skipped, and
-    so is a hidden one.
+    In a directory, a file whose suffix is of no picture that Pillow opens is left out,
+    and so is a hidden one.
 
     Raises:
         InputError: for a path that does not exist.
@@ -214,30 +227,12 @@ def find_pictures(paths: Iterable[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        for file in sorted(path.rglob("*")):
-            hidden = file.name.startswith(".")
-            if file.is_file() and file.suffix.lower() in known and not hidden:
-                yield file
-
-
-def split_hashes(
-    hashes: Iterable[bytes], fraction: float
-) -> tuple[list[bytes], list[bytes]]:
-    """Splits items into training and validation by their hashes.
-
-    Their order decides, so that neither names nor the order of reading matter, and one
-    more moves one other at most.
-
-    Args:
-        hashes: at least two, all different.
-        fraction: share of them to validate on; at least one is.
-
-    Returns:
-        Those to train on and those to validate on.
-    """
-    ordered = sorted(hashes)
-    count = min(max(1, round(fraction * len(ordered))), len(ordered) - 1)
-    return ordered[count:], ordered[:count]
+        files = files_below(path)
+        pictures = [file for file in files if file.suffix.lower() in known]
+        others = sorted({*files} - {*pictures})
+        if others:
+            print(f"Ignored {len(others)} files, no pictures: {list_some(others)}.")
+        yield from pictures
 
 
 def _hash(*parts: bytes) -> bytes:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from examples.mae.drawing import choose, draw
 from examples.mae.task import MAETask
-from examples.training.checks import InputError, make_directory, require
+from examples.training.checks import InputError, make_directory, read_text, require
 from examples.training.loop import load_run_data
+from examples.training.run_dir import DATA_NAME
 from examples.training.trained import Source, load_trained
 
 _MOST = 64
@@ -37,7 +38,12 @@ def reconstruct(
     )
     config, step, params = load_trained(source, MAETask)
     make_directory("output", output.parent)
-    examples = choose(load_run_data(config).validation, pictures)
+    data = load_run_data(config)
+    require(
+        read_text("run_dir", source.run_dir / DATA_NAME).strip() == data.fingerprint,
+        f"data: the pictures have changed since the run in {source.run_dir} began",
+    )
+    examples = choose(data.validation, pictures)
     drawn = len(examples["seed"])
     try:
         draw({"reconstruction": config.task.reconstruct(params, examples)}, output)

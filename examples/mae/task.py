@@ -137,10 +137,18 @@ class MAETask:
         return model.reconstruct(batch["image"], noise)
 
     def show(self, models: LoadModels, data: LoadData, directory: Path) -> list[Path]:
-        """Draws each model's reconstruction of the same eight pictures."""
-        batch = choose(data().validation, 8)
+        """Draws each model's reconstruction of the same eight pictures.
+
+        Models of other pictures or masks are left out.
+        """
+        batch, made = choose(data().validation, 8), {}
+        for name, (task, params) in models().items():
+            if task.model.masks_like(self.model):
+                made[name] = task.reconstruct(params, batch)
+            else:
+                print(f"Not drawn, as its pictures or masks are others: {name}.")
         path = directory / "reconstructions.png"
-        draw({name: self.reconstruct(p, batch) for name, p in models().items()}, path)
+        draw(made, path)
         return [path]
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:

@@ -1,5 +1,9 @@
 """Worker processes that read batches ahead, and whose number no state depends on."""
 
+import multiprocessing
+import os
+import signal
+import threading
 from typing import Any, TypeVar
 
 import grain
@@ -31,7 +35,26 @@ class WorkerBatches(grain.IterDataset[T]):  # type: ignore[misc]
         """Starts the processes at an element."""
         rest = self._dataset[index:].to_iter_dataset(self._options)
         workers = grain.MultiprocessingOptions(num_workers=self._workers)
-        return iter(rest.mp_prefetch(workers))
+        return iter(rest.mp_prefetch(workers, _leave_signals_to_parent))
+
+
+def _leave_signals_to_parent(index: int, count: int) -> None:
+    """Lets a worker end when its parent does, and at no signal before.
+
+    A terminal's Ctrl-C and many schedulers' SIGTERM go to the whole process group, and
+    the parent needs its workers until it has saved.
+    """
+    del index, count
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class _WorkerIterator(grain.DatasetIterator[T]):  # type: ignore[misc]

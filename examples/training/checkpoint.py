@@ -16,6 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 from tqdm import tqdm
 
 from examples.training.checks import InputError, reason, require
+from examples.training.processes import together
 from examples.training.step import TrainState, by_name
 from examples.training.task import Params
 
@@ -101,9 +102,9 @@ class Checkpoints:
     def restore(
         self, like: TrainState, batches: grain.DatasetIterator[Any]
     ) -> Restored | None:
-        """Takes the newest checkpoint that is whole.
+        """Restores the newest checkpoint that is whole.
 
-        Those after it are said to be damaged, and moved out of the way.
+        Newer ones, which are damaged, are reported and moved aside.
 
         Args:
             like: shapes, dtypes and shardings of the state.
@@ -113,8 +114,8 @@ class Checkpoints:
             The step and the state, or None where there is no checkpoint.
 
         Raises:
-            InputError: if there are checkpoints and none is whole, or they are of
-                another number of processes.
+            InputError: if there are checkpoints and none is whole, if they are of
+                another number of processes, or if the data cannot be read.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -140,6 +141,7 @@ class Checkpoints:
     ) -> tuple[TrainState | None, str]:
         """Reads a checkpoint; if any process cannot, returns why."""
         state, why, saved = None, "another process cannot read it", 0
+        of_data: InputError | None = None
         try:
             restored = self._manager.restore(
                 step,
@@ -150,9 +152,14 @@ class Checkpoints:
                 ),
             )
             state, saved = restored["state"], restored["checksum"]["state"]
+        except InputError as error:
+            of_data = error  # The data cannot be read again from there.
         except Exception as error:
             # Whatever is wrong with files, tensorstore and JSON raise all sorts.
             why = reason(error)
+        with together():
+            if of_data is not None:
+                raise of_data
         # Together, as the checksum is computed by all.
         if not _in_all(state is not None):
             return None, why

@@ -66,6 +66,15 @@ def make_directory(name: str, path: Path) -> None:
         raise InputError(f"{name}: cannot make {path} ({error.strerror})") from error
 
 
+def read_text(name: str, path: Path) -> str:
+    """Reads a text file, or raises an ``InputError`` that says why it cannot."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"{name}: cannot read {path} ({why})") from error
+
+
 def reason(error: Exception) -> str:
     """Writes what an error says in one line, which some packages' do in many."""
     line = " ".join(str(error).split()) or type(error).__name__

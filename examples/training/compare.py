@@ -1,13 +1,12 @@
 """The comparison: each optimizer with and without caution, over any settings.
 
 All train the same model on the same data; with the same seed, from the same weights and
-in the same order. A comparison that was interrupted goes on when the same command is
-given again.
+in the same order. The same command resumes a comparison that was interrupted.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,13 @@ from tqdm import tqdm
 from examples.training import history, log, report
 from examples.training.checks import InputError, make_directory, require
 from examples.training.config import TrainConfig, settings, with_settings
+from examples.training.engine import make_engine
 from examples.training.history import History, Run, Side, write_point
 from examples.training.loop import is_over, load_run_data, training
 from examples.training.optimizers import RULE, OptimizerName
 from examples.training.processes import preemption
-from examples.training.task import Params
+from examples.training.run_dir import open_run
+from examples.training.task import Data, Model
 from examples.training.trained import Source, is_loadable, load_trained
 
 _OF_CAUTION = {*RULE, "exempt"}
@@ -39,6 +40,7 @@ def parse_sweep(sweep: Sequence[str]) -> dict[str, list[str]]:
     for text in sweep:
         name, equals, listed = text.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
+        name = {"from": "from_run"}.get(name, name)
         found = [value.strip() for value in listed.split(",")]
         if not equals or not all(found):
             raise InputError(
@@ -70,8 +72,8 @@ def plan(
 
     Args:
         optimizers: names.
-        sweep: settings, each with its values as text. What sets caution is swept with
-            caution only.
+        sweep: settings, each with its values as text. Caution's own settings are swept
+            only in the cautious runs.
         seeds: those to train each with.
         config: all the rest.
 
@@ -104,6 +106,18 @@ def plan(
     return runs
 
 
+def require_trainable(runs: Mapping[Run, TrainConfig[Any]], output_dir: Path) -> None:
+    """Checks the settings and the directories of all runs before the first begins.
+
+    Raises:
+        InputError: for settings that no run can have, or a directory with another run.
+    """
+    for run, config in runs.items():
+        make_engine(config)
+        if (output_dir / run.name).is_dir():
+            open_run(config, output_dir / run.name)
+
+
 def run_all(
     runs: dict[Run, TrainConfig[Any]],
     swept: Sequence[str],
@@ -131,31 +145,48 @@ def run_all(
         groups.setdefault(key, []).append(run)
     total = sum(config.steps for config in runs.values())
     bar: tqdm[Any] = tqdm(total=total, desc="Compiling", unit="step")
+    load_data = _Loader()
     with bar, preemption() as stop:
         done = 0
         for group in groups.values():
-            ends = _take_turns(group, runs, output_dir, stop, bar, done)
-            if not all(is_over([end], runs[run].steps) for run, end in ends.items()):
+            ends = _take_turns(group, runs, output_dir, load_data, stop, bar, done)
+            if not all(
+                run in ends and is_over([ends[run]], runs[run].steps) for run in group
+            ):
                 return False
             done += sum(runs[run].steps for run in group)
     return True
+
+
+class _Loader:
+    """Loads the data of runs, one after the other; the same data only once."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._data: Data | None = None
+
+    def __call__(self, config: TrainConfig[Any]) -> Data:
+        key = config.task, config.seed
+        if self._data is None or key != self._key:
+            self._key, self._data = key, load_run_data(config)
+        return self._data
 
 
 def _take_turns(
     group: Sequence[Run],
     runs: dict[Run, TrainConfig[Any]],
     output_dir: Path,
+    load_data: Callable[[TrainConfig[Any]], Data],
     stop: Callable[[int], bool],
     bar: "tqdm[Any]",
     done: int,
 ) -> dict[Run, log.Record]:
-    """Trains some runs, and returns the last record of each."""
-    data = None
+    """Trains some runs, and returns the last record of each that has begun."""
     trainings: dict[Run, Generator[list[log.Record]]] = {}
     for run in group:
-        directory = output_dir / run.name
-        if data is None and not is_over(log.read(directory), runs[run].steps):
-            data = load_run_data(runs[run])
+        directory, data = output_dir / run.name, None
+        if not is_over(log.read(directory), runs[run].steps):
+            data = load_data(runs[run])
         trainings[run] = training(runs[run], directory, data, stop)
     ends: dict[Run, log.Record] = {}
     with ExitStack() as stack:
@@ -163,7 +194,8 @@ def _take_turns(
             stack.callback(iterator.close)
         while trainings:
             for run, iterator in list(trainings.items()):
-                records = next(iterator, None)
+                # Nothing is begun after a signal.
+                records = None if run not in ends and stop(0) else next(iterator, None)
                 if records is None:
                     del trainings[run]
                     continue
@@ -185,7 +217,7 @@ def _take_turns(
 def compare(
     optimizers: tuple[OptimizerName, ...] | None = None,
     sweep: tuple[str, ...] = (),
-    seeds: tuple[int, ...] = (0,),
+    seeds: tuple[int, ...] | None = None,
     output_dir: Path | None = None,
     together: bool = True,
     *,
@@ -196,8 +228,10 @@ def compare(
     Args:
         optimizers: those to train with. Not given: that of --optimizer.
         sweep: settings and their values, as in learning_rate=1e-3,2e-3 b1=0.9,0.98; all
-            combinations are trained. What sets caution is swept with caution only.
-        seeds: train each with each of these, of weights and data.
+            combinations are trained. Caution's own settings are swept only in the
+            cautious runs.
+        seeds: train each with each of these, of weights and data. Not given: that of
+            --seed.
         output_dir: where each run has its directory, and report.md, report.csv,
             report.png and aligned.png are written. Not given: a directory of outputs/.
         together: the optimizers of one point and seed take turns, so that their times
@@ -207,19 +241,35 @@ def compare(
     optimizers = optimizers or (config.optimizer.optimizer,)
     output_dir = output_dir or Path("outputs") / config.task.name / "comparison"
     swept = parse_sweep(sweep)
-    runs = plan(optimizers, swept, seeds, config)
+    if not config.optimizer.caution:
+        print("Each optimizer is trained with caution and without it.")
+    runs = plan(optimizers, swept, (config.seed,) if seeds is None else seeds, config)
     make_directory("output_dir", output_dir)
+    with _naming_output_dir():
+        require_trainable(runs, output_dir)
     if "learning_rate" not in swept:
         rates = {f"{c.learning_rate:g} for {run.side.title}" for run, c in runs.items()}
         print(f"Learning rates: {', '.join(sorted(rates))}.")
-    if not run_all(runs, list(swept), output_dir, together):
+    with _naming_output_dir():
+        finished = run_all(runs, list(swept), output_dir, together)
+    if not finished:
         print("Stopped. Run the same command to resume.")
         return
     histories = [history.read_history(run, output_dir / run.name) for run in runs]
-    files = report.write(histories, config, output_dir)
+    files = report.write(histories, list(runs.values()), output_dir)
     print(f"\n{(output_dir / report.TEXT_NAME).read_text()}")
     files += show_best(histories, runs, output_dir)
     print(f"Written to {output_dir}: {', '.join(file.name for file in files)}")
+
+
+@contextmanager
+def _naming_output_dir() -> Iterator[None]:
+    """Names the option of this command in errors about a run's directory."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error).replace("--run-dir", "--output-dir")
+        raise InputError(message) from error
 
 
 def show_best(
@@ -239,11 +289,12 @@ def show_best(
         return []
     config = runs[best[0]]
 
-    def load_models() -> dict[str, Params]:
-        sources = {run.side.title: Source(output_dir / run.name) for run in best}
-        return {
-            name: load_trained(source, type(config.task)).params
-            for name, source in sources.items()
-        }
+    def load_models() -> dict[str, Model]:
+        models = {}
+        for run in best:
+            source = Source(output_dir / run.name)
+            trained = load_trained(source, type(config.task))
+            models[run.side.title] = Model(trained.config.task, trained.params)
+        return models
 
     return config.task.show(load_models, partial(load_run_data, config), output_dir)

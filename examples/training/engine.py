@@ -113,7 +113,7 @@ class Engine:
         """
         task, parts = self.config.task, self.config.accumulate
         evaluate = make_evaluate(task, parts)
-        aligned_fraction = make_aligned_fraction(task, _undecayed(self.config), parts)
+        aligned_fraction = make_aligned_fraction(task, _measured(self.config), parts)
         like = self.state_like
         with jax.set_mesh(self.mesh):
             return Programs(
@@ -173,12 +173,16 @@ def _make_tx(config: TrainConfig[Any]) -> optax.GradientTransformation:
     return make_optimizer(config.optimizer, schedule, task.layers, task.not_decayed)
 
 
-def _undecayed(config: TrainConfig[Any]) -> optax.GradientTransformation:
-    """Makes an optimizer with the same state, whose updates contain no decay.
+def _measured(config: TrainConfig[Any]) -> optax.GradientTransformation:
+    """Makes the optimizer with the same state but neither caution nor decay.
 
-    Decay does not come from the gradient, and a learning rate of zero leaves no sign.
+    Caution changes what it judges, decay does not come from the gradient, and a
+    learning rate of zero leaves no sign.
     """
     optimizer = replace(
-        config.optimizer, weight_decay=0.0, schedule="constant", warmup_fraction=0.0
+        config.optimizer.without_caution(),
+        weight_decay=0.0,
+        schedule="constant",
+        warmup_fraction=0.0,
     )
     return _make_tx(replace(config, optimizer=optimizer))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
-from examples.training.checks import InputError
+from examples.training.checks import read_text, require
 from examples.training.config import TrainConfig, from_json
 from examples.training.task import Task
 
@@ -29,13 +29,21 @@ class Experiment(Generic[T]):
     """Sets the architecture of that name, and what goes with it."""
 
     @property
+    def _default(self) -> str:
+        return next(iter(self.presets))
+
+    @property
     def start(self) -> Any:
         """The options from which all settings start, as a dataclass for tyro."""
-        default = next(iter(self.presets))
-        preset = tyro.extras.literal_type_from_choices(self.presets)
+        preset: Any = tyro.extras.literal_type_from_choices(self.presets)
         model: Any = tyro.extras.literal_type_from_choices(self.models)
         options = [
-            ("preset", preset, self.preset_help, default),
+            (
+                "preset",
+                preset | None,
+                f"{self.preset_help} Not given: {self._default}.",
+                None,
+            ),
             ("model", model | None, "Not given: that of the preset.", None),
             (
                 "config_file",
@@ -59,13 +67,13 @@ class Experiment(Generic[T]):
 
     def starting_config(self, start: Any) -> TrainConfig[T]:
         """Makes the settings that hold where no other option changes them."""
-        config = self.presets[start.preset]
         if start.config_file is not None:
-            try:
-                text = start.config_file.read_text("utf-8")
-            except OSError as error:
-                raise InputError(
-                    f"config_file: cannot read {start.config_file} ({error.strerror})"
-                ) from error
+            require(
+                start.preset is None,
+                "preset: --config-file takes its place; give one of them",
+            )
+            text = read_text("config_file", start.config_file)
             config = from_json(text, str(start.config_file), self.task)
+        else:
+            config = self.presets[start.preset or self._default]
         return config if start.model is None else self.with_model(config, start.model)

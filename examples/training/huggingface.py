@@ -203,10 +203,16 @@ class _RowIterator(grain.DatasetIterator[T]):  # type: ignore[misc]
     def __next__(self) -> T:
         if _ending.is_set():
             raise RuntimeError("the program ends")
-        value = next(self._values, None)
-        if value is None:
-            self._begin(None)
-            value = next(self._values)
+        try:
+            value = next(self._values, None)
+            if value is None:
+                self._begin(None)
+                value = next(self._values)
+        except OSError as error:  # Errors of the network among them.
+            raise InputError(
+                f"data: cannot read the dataset ({reason(error)}); run the same "
+                "command to resume"
+            ) from error
         self._position = self._dataset.state_dict()
         return value
 

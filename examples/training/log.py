@@ -88,7 +88,7 @@ class Log:
 
 
 def read(directory: Path) -> list[Record]:
-    """Reads a run's log; of a line that was being written at the end, nothing."""
+    """Reads a run's log. An incomplete last line is ignored."""
     path = directory / FILE_NAME
     if not path.exists():
         return []

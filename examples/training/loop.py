@@ -1,6 +1,6 @@
-"""The loop around the training step.
+"""The training loop.
 
-A run that was interrupted goes on from its last checkpoint, and its log does too.
+An interrupted run resumes from its last checkpoint and continues its log.
 """
 
 import time
@@ -22,14 +22,15 @@ from examples.training.checkpoint import (
     size,
 )
 from examples.training.checks import require
-from examples.training.config import TrainConfig
+from examples.training.config import TrainConfig, identity
 from examples.training.engine import Engine, Programs, make_engine
 from examples.training.optimizers import make_schedule, shared_steps
-from examples.training.processes import require_same_data, together
+from examples.training.processes import require_same, together
 from examples.training.run_dir import (
     is_saved,
     occupied,
     open_run,
+    require_same_files,
     require_shared,
     require_space,
     write_run,
@@ -63,6 +64,7 @@ def training(
         InputError: for settings with which it cannot run, before anything is computed.
     """
     engine = make_engine(config)
+    require_same("settings", str(config.mesh), str(sorted(identity(config).items())))
     with ExitStack() as stack:
         with together():
             stack.enter_context(occupied(run_dir))
@@ -73,14 +75,19 @@ def training(
             yield records
             return
         with together():
-            require_space(run_dir, size(engine.state_like), config.keep)
+            shared = shared_steps(config.optimizer, config.steps)
+            # The newest, the best, the one being written, and the one always kept.
+            count = config.keep + 2 + (shared is not None)
+            require_space(run_dir, size(engine.state_like), count)
             directory = run_dir / CHECKPOINTS_NAME
             params = None
             if config.from_run is not None and not saved_steps(directory):
                 params = load_params(config.from_run, engine.state_like.params)
             if data is None:
                 data = load_run_data(config)
-        require_same_data(data)
+            if params is not None and config.from_run is not None:
+                require_same_files(config.from_run, data)
+        require_same("data", data.fingerprint, *data.files.values())
         with together():
             write_run(config, data, run_dir, opened)
         with together():
@@ -92,7 +99,6 @@ def training(
             for record in records
             if np.isfinite(record.get("validation_loss", np.nan))
         }
-        shared = shared_steps(config.optimizer, config.steps)
         checkpoints = stack.enter_context(
             closing(Checkpoints(directory, config.keep, losses, shared))
         )
@@ -105,8 +111,10 @@ def training(
         batch = engine.put_batch(next(batches))
         validation = engine.put_validation(data.validation)
         programs = engine.compile(batch, validation)
-        stop = stack.enter_context(_traced(run_dir, step, profile, stop))
-        steps = _steps(engine, programs, state, step, batch, batches, validation, stop)
+        trace = stack.enter_context(_tracing(run_dir, step, profile))
+        steps = _steps(
+            engine, programs, state, step, batch, batches, validation, stop, trace
+        )
         for records, reached, saving in steps:
             history.write(records)
             if saving:
@@ -126,6 +134,7 @@ def _steps(
     batches: Iterator[Batch],
     validation: Batch,
     stop: Callable[[int], bool],
+    trace: Callable[[int, Any], None],
 ) -> Iterator[tuple[list[log.Record], TrainState, bool]]:
     """Takes the steps that are left.
 
@@ -138,6 +147,7 @@ def _steps(
         batches: those after it.
         validation: what to evaluate on.
         stop: says after a step whether to end.
+        trace: called after a step, with what it measured.
 
     Yields:
         The records since the last time, the state, and whether to save it. The state
@@ -155,6 +165,7 @@ def _steps(
         state, measured = programs.train_step(state, batch)
         step += 1
         pending.append((step, measured))
+        trace(step, measured)
         stopping = stop(step)
         last = step == config.steps
         saving = (
@@ -246,31 +257,37 @@ def _until_not_finite(records: list[log.Record]) -> list[log.Record]:
 
 
 @contextmanager
-def _traced(
-    run_dir: Path, step: int, count: int, stop: Callable[[int], bool]
-) -> Iterator[Callable[[int], bool]]:
+def _tracing(
+    run_dir: Path, step: int, count: int
+) -> Iterator[Callable[[int, Any], None]]:
     """Writes a trace of some steps for TensorBoard and Perfetto.
 
-    Begins after the first step, which is slower than others. It is asked after each
-    step, as ``stop`` is, and asks that.
+    Begins after the first step, which is slower than others.
+
+    Args:
+        run_dir: the traces go into its ``tensorboard``.
+        step: how many steps have been taken before.
+        count: how many to trace.
+
+    Yields:
+        A function to call after each step, with what the step measured.
     """
-    if not count:
-        yield stop
-        return
     tracing = False
 
-    def stop_and_trace(at: int) -> bool:
+    def trace(at: int, measured: Any) -> None:
         nonlocal tracing
-        if at == step + 1:
-            jax.profiler.start_trace(str(run_dir / "tensorboard"))
-            tracing = True
-        elif at == step + 1 + count:
+        if at not in (step + 1, step + 1 + count) or not count:
+            return
+        # A step is dispatched before it runs.
+        jax.block_until_ready(measured)
+        if tracing:
             jax.profiler.stop_trace()
-            tracing = False
-        return stop(at)
+        else:
+            jax.profiler.start_trace(str(run_dir / "tensorboard"))
+        tracing = not tracing
 
     try:
-        yield stop_and_trace
+        yield trace
     finally:
         if tracing:
             jax.profiler.stop_trace()

@@ -42,7 +42,7 @@ class Optimizer:
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer("AdamW", optax.adamw, optax_cautious.cautious_adamw),
     "lion": Optimizer("Lion", optax.lion, optax_cautious.cautious_lion),
-    # Without momentum, SGD has nothing to be cautious about.
+    # Without momentum, SGD and Adafactor follow the gradient's sign already.
     "sgd": Optimizer(
         "SGD",
         optax.sgd,
@@ -65,6 +65,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         optax.adafactor,
         optax_cautious.cautious_adafactor,
         names={"b1": ("momentum",)},
+        fixed={"momentum": 0.9},
         unit_steps=False,
     ),
     "nadamw": Optimizer("NAdamW", optax.nadamw),
@@ -126,11 +127,11 @@ class OptimizerConfig:
     neutral: Literal["hold", "follow", "ignore"] = "hold"
     """Caution: what happens where the update or the gradient is exactly zero."""
     alignment: Literal["element", "leaf", "tree"] = "element"
-    """Caution: what agrees or opposes as one. A tree is one layer, or all that is
-    outside the layers."""
+    """Caution: whose agreement is judged: each element's, each leaf's, or each tree's,
+    which is one layer, or everything outside the layers."""
     cautious_decay: bool = False
-    """Decay a weight only where that does not oppose its update. It needs no caution,
-    and goes with it."""
+    """Decay a weight only where that does not oppose its update. Works with caution and
+    without it."""
     exempt: tuple[str, ...] = ()
     """Caution: parameters, or what holds them, that are left to the optimizer without
     it, by their names, as in ``--exempt embedding``."""

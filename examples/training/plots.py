@@ -44,17 +44,19 @@ def plot(histories: Sequence[History], path: Path) -> None:
 
 
 def _swept(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
-    """Lists the settings that have several values, and these, most values first."""
+    """Lists the settings of which a side has several values, most values first."""
     values: dict[str, dict[str, None]] = {}
+    of_side: dict[tuple[Side, str], set[str]] = {}
     for history in histories:
         for name, value in history.run.point:
             values.setdefault(name, {})[value] = None
-    # A learning rate that is each optimizer's default is not swept.
-    sides = {h.run.side for h in histories}
-    several = [(n, list(v)) for n, v in values.items() if len(v) > 1]
-    if len(several) == 1 and len(group(histories)) == len(sides):
-        return []
-    return several
+            of_side.setdefault((history.run.side, name), set()).add(value)
+    # Optimizers may differ in their default learning rates: that is no sweep.
+    swept = {name for (_, name), found in of_side.items() if len(found) > 1}
+    return sorted(
+        ((name, list(found)) for name, found in values.items() if name in swept),
+        key=lambda setting: -len(setting[1]),
+    )
 
 
 def _colors(histories: Sequence[History]) -> dict[Side, tuple[str, str]]:
@@ -157,7 +159,8 @@ def _plot_maps(
 ) -> None:
     """Draws the final losses over two settings; of a third, its best value is taken."""
     (x_name, x_values), (y_name, y_values) = swept
-    maps = np.full((len(sides), len(y_values), len(x_values)), np.inf)
+    # What was not run is not a number, what diverged infinite.
+    maps = np.full((len(sides), len(y_values), len(x_values)), np.nan)
     for (side, point), seeds in group(histories).items():
         own = dict(point)
         # What a side has not, like an option of caution, makes no difference to it.
@@ -165,7 +168,7 @@ def _plot_maps(
         ys = [y_values.index(own[y_name])] if y_name in own else range(len(y_values))
         for i, j in itertools.product(ys, xs):
             cell = sides.index(side), i, j
-            maps[cell] = min(maps[cell], mean_loss(seeds))
+            maps[cell] = np.fmin(maps[cell], mean_loss(seeds))
     finite = maps[np.isfinite(maps)]
     # Far from the best, one loss is as bad as another.
     low = finite.min() if finite.size else 0.0
@@ -175,6 +178,8 @@ def _plot_maps(
             losses, vmin=low, vmax=high, cmap="viridis_r", aspect="auto"
         )
         for (i, j), loss in np.ndenumerate(losses):
+            if np.isnan(loss):
+                continue
             shown = f"{loss:.3f}" if np.isfinite(loss) else "diverged"
             dark = np.isfinite(loss) and loss < (low + high) / 2
             panel.text(
@@ -201,9 +206,9 @@ def plot_aligned(histories: Sequence[History], path: Path) -> None:
     if not shown:
         return
     fractions = [_rows(history.aligned_fractions or {}) for history in shown]
-    height = min(2 + 0.16 * len(fractions[0]), 40)
+    height = min(2 + 0.16 * max(map(len, fractions)), 40)
     figure = Figure(figsize=(1.5 + 4.5 * len(shown), height), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for panel, history, rows in zip(panels, shown, fractions, strict=True):
         steps = [e.step for e in history.evaluations]
         image = panel.imshow(

@@ -14,7 +14,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from examples.training.checks import InputError, require
-from examples.training.task import Data
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,9 @@ class Processes:
         """
         given = (self.coordinator, self.num_processes, self.process_id)
         if not self.distributed:
-            require(given == (None,) * 3, "coordinator: give --distributed, too")
+            names = ("coordinator", "num_processes", "process_id")
+            for name, value in zip(names, given, strict=True):
+                require(value is None, f"{name}: give --distributed, too")
             return
         try:
             jax.distributed.initialize(*given)
@@ -71,18 +72,22 @@ def together() -> Iterator[None]:
         raise error
 
 
-def require_same_data(data: Data) -> None:
-    """Checks that all processes have the same data."""
+def require_same(name: str, *texts: str) -> None:
+    """Checks that all processes have the same of something.
+
+    Args:
+        name: what it is, such as "data".
+        texts: what has to be equal.
+    """
     if jax.process_count() == 1:
         return
-    text = "".join([data.fingerprint, *data.files.values()])
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    digests = multihost_utils.process_allgather(digest)
+    digest = hashlib.sha256("".join(texts).encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     different = (digests != digests[0]).any(axis=1)
     require(
         not different.any(),
-        f"data: process {int(np.argmax(different))} has different data from process 0; "
-        "give the same to all",
+        f"{name}: process {int(np.argmax(different))} has different {name} from "
+        "process 0; give the same to all",
     )
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from examples.training.config import TrainConfig
 from examples.training.history import (
     Group,
     History,
+    Point,
+    Side,
     base_of,
     best,
     first_step_at,
@@ -25,7 +27,7 @@ from examples.training.history import (
     speed_up,
     write_point,
 )
-from examples.training.task import count_parameters
+from examples.training.task import Task, count_parameters
 
 TEXT_NAME = "report.md"
 
@@ -81,7 +83,7 @@ def verdicts(histories: Sequence[History]) -> list[str]:
             diverged = base if base_best is None else cautious
             lines.append(
                 f"{cautious.title} to {base.title}: no comparison, as {diverged.title} "
-                "diverged everywhere."
+                "diverged at every point, with one seed at least."
             )
             continue
         there = [
@@ -99,11 +101,19 @@ def verdicts(histories: Sequence[History]) -> list[str]:
             )
         if same is None or same[0].run != cautious_best[0].run:
             lines.append(
-                f"Each at its best, {write_point(base_best[0].run.point)} and "
-                f"{write_point(cautious_best[0].run.point)}: "
+                f"Each at its best on these seeds, "
+                f"{write_point(base_best[0].run.point)} of {_points(groups, base)} and "
+                f"{write_point(cautious_best[0].run.point)} of "
+                f"{_points(groups, cautious)}: "
                 f"{_sentence(base_best, cautious_best)}"
             )
     return lines
+
+
+def _points(groups: Mapping[tuple[Side, Point], Group], side: Side) -> str:
+    """Writes at how many points a side was trained."""
+    count = sum(of_side == side for of_side, _ in groups)
+    return f"{count} point{'s' * (count > 1)}"
 
 
 def _sentence(base: Group, cautious: Group) -> str:
@@ -135,7 +145,7 @@ def _difference(both: Sequence[tuple[History, History]]) -> str:
         return ""
     base, other = ([h.final_loss for h in side] for side in zip(*both, strict=True))
     mean, low, high = paired_difference(base, other)
-    nothing = " No difference is seen." if low <= 0 <= high else ""
+    nothing = " The interval includes zero." if low <= 0 <= high else ""
     return (
         f"The final losses differ by {mean:+.4f} (95 % confidence interval of the "
         f"paired difference {low:+.4f} to {high:+.4f}, {len(both)} seeds).{nothing}"
@@ -163,18 +173,20 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
-def text(histories: Sequence[History], config: TrainConfig[Any]) -> str:
+def text(histories: Sequence[History], configs: Sequence[TrainConfig[Any]]) -> str:
     """Writes the setting, the table and what follows from it, in Markdown."""
-    task = config.task
+    task = configs[0].task
+    parameters = _any_of(f"{count_parameters(task):,}" for task in _tasks(configs))
+    steps = _any_of(config.steps for config in configs)
+    batches = _any_of(task.describe() for task in _tasks(configs))
     seeds = sorted({history.run.seed for history in histories})
     several = "" if len(seeds) == 1 else "; of several seeds, the mean and the range"
     return "\n".join(
         [
-            f"{count_parameters(task):,} parameters, {config.steps} steps of "
-            f"{task.describe()}, seed {', '.join(map(str, seeds))}{several}. The ratio "
-            "of steps is that of all steps to those in which the cautious optimizer "
-            "comes to the final validation loss of its base with the same settings "
-            "and seed.",
+            f"{parameters} parameters, {steps} steps of {batches}, seed "
+            f"{', '.join(map(str, seeds))}{several}. Ratio of steps: the steps of the "
+            "run over those that the cautious optimizer needs to reach its base's "
+            "final validation loss, with the same settings and seed.",
             "",
             table(histories, task.metrics),
             "",
@@ -182,6 +194,20 @@ def text(histories: Sequence[History], config: TrainConfig[Any]) -> str:
             "",
         ]
     )
+
+
+def _tasks(configs: Sequence[TrainConfig[Any]]) -> list[Task]:
+    """Lists the different tasks."""
+    tasks: list[Task] = []
+    for config in configs:
+        if config.task not in tasks:
+            tasks.append(config.task)
+    return tasks
+
+
+def _any_of(values: Iterable[object]) -> str:
+    """Writes the different values, as in "300 or 600"."""
+    return " or ".join(dict.fromkeys(map(str, values)))
 
 
 def write_csv(histories: Sequence[History], path: Path) -> None:
@@ -202,20 +228,30 @@ def write_csv(histories: Sequence[History], path: Path) -> None:
 
 
 def write(
-    histories: Sequence[History], config: TrainConfig[Any], directory: Path
+    histories: Sequence[History],
+    configs: Sequence[TrainConfig[Any]],
+    directory: Path,
 ) -> list[Path]:
     """Writes the report, the curves as numbers, and the pictures.
+
+    Args:
+        histories: what came of the runs.
+        configs: their settings.
+        directory: where the files go.
 
     Returns:
         The files, the report first.
     """
     files = [directory / TEXT_NAME, directory / "report.csv"]
-    files[0].write_text(text(histories, config))
+    files[0].write_text(text(histories, configs))
     write_csv(histories, files[1])
     for name, plot in (
         ("report.png", plots.plot),
         ("aligned.png", plots.plot_aligned),
     ):
-        plot(histories, directory / name)
-        files.append(directory / name)
+        path = directory / name
+        path.unlink(missing_ok=True)
+        plot(histories, path)
+        if path.exists():  # Not where there is nothing to draw.
+            files.append(path)
     return files

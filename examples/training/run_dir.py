@@ -4,6 +4,7 @@ It holds the configuration, what the data keep beside a run, a hash of the data,
 and the checkpoints. Of a run that has not taken a step, nothing is left there.
 """
 
+import errno
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from examples.training.checks import (
     InputError,
     human_size,
     make_directory,
+    read_text,
     reason,
     require,
 )
@@ -65,11 +67,15 @@ def occupied(run_dir: Path) -> Iterator[None]:
                 f"run_dir: another program is training in {run_dir}; wait for it, or "
                 "choose another --run-dir"
             ) from error
-        except (NotImplementedError, OSError) as error:
-            print(
-                f"Cannot lock {run_dir} ({reason(error)}). Make sure that one program "
-                "trains there."
+        except OSError as error:
+            require(
+                error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS),
+                f"run_dir: cannot write in {run_dir} ({error.strerror}); choose "
+                "another --run-dir",
             )
+            _warn_unlocked(run_dir, error)
+        except NotImplementedError as error:
+            _warn_unlocked(run_dir, error)
     before = set(run_dir.iterdir())
     try:
         yield
@@ -81,6 +87,13 @@ def occupied(run_dir: Path) -> Iterator[None]:
             lock.release()
         with suppress(OSError):  # Of a directory with something in it.
             run_dir.rmdir()
+
+
+def _warn_unlocked(run_dir: Path, error: Exception) -> None:
+    print(
+        f"Cannot lock {run_dir} ({reason(error)}). Make sure that no other program is "
+        "training there."
+    )
 
 
 def has_begun(run_dir: Path) -> bool:
@@ -107,10 +120,14 @@ def open_run(config: TrainConfig[Any], run_dir: Path) -> Opened:
             f"run_dir: {run_dir} is not empty and holds no run; choose another",
         )
         return Opened([])
+    # Read even if no step was taken: this file may not be a run's.
+    text = read_text("run_dir", path)
+    try:
+        before = from_json(text, str(path), type(config.task))
+    except InputError as error:
+        raise InputError(f"run_dir: {error}; choose another --run-dir") from error
     if not has_begun(run_dir):
         return Opened([])
-    text = path.read_text("utf-8")
-    before = from_json(text, str(path), type(config.task))
     there, here = identity(before), identity(config)
     different = sorted(name for name in here if here[name] != there.get(name))
     records = log.read(run_dir)
@@ -139,16 +156,16 @@ def _shared_steps(
     there = shared_steps(before.optimizer, before.steps)
     if shared is None or there is None:
         raise InputError(
-            f"steps: the run in {run_dir} is one of {before.steps} steps, and its "
-            f"learning rate ({before.optimizer.schedule}) ends there. To train on, "
+            f"steps: the run in {run_dir} was scheduled for {before.steps} steps, and "
+            f"its learning rate ({before.optimizer.schedule}) ends there. To train on, "
             f"start a new run from its weights: --from {run_dir} --run-dir ANOTHER "
             f"--steps {config.steps}; or choose --schedule constant or "
             "warmup-stable-decay for runs that can be made longer"
         )
     require(
-        config.steps >= len(records),
-        f"steps: the run in {run_dir} has taken {len(records)} steps already; give as "
-        "many or more",
+        config.steps > len(records),
+        f"steps: the run in {run_dir} has taken {len(records)} steps already; give "
+        "more",
     )
     limit = min(shared, there)
     steps = [s for s in saved_steps(run_dir / CHECKPOINTS_NAME) if s <= limit]
@@ -194,16 +211,29 @@ def require_shared(run_dir: Path) -> None:
         time.sleep(1)
 
 
-def require_space(run_dir: Path, checkpoint: int, keep: int) -> None:
-    """Checks that the disk holds the checkpoints that are to be there at a time."""
-    # The newest, the best, and the one that is being written.
-    needed = (keep + 2) * checkpoint
+def require_same_files(from_run: Path, data: Data) -> None:
+    """Checks that a run which begins with another's weights keeps the same files.
+
+    With another tokenizer, the rows of an embedding would mean other tokens.
+    """
+    for name, text in data.files.items():
+        path = from_run / name
+        require(
+            not path.exists() or path.read_text("utf-8") == text,
+            f"from: the run in {from_run} has another {name} than these data make; "
+            f"give --{path.stem} {path}",
+        )
+
+
+def require_space(run_dir: Path, checkpoint: int, count: int) -> None:
+    """Checks that the disk has room for a number of checkpoints, in bytes each."""
+    needed = count * checkpoint
     there = run_dir / CHECKPOINTS_NAME
     used = sum(f.stat().st_size for f in there.rglob("*") if f.is_file())
     free = shutil.disk_usage(run_dir).free
     require(
         needed <= free + used,
-        f"run_dir: {keep + 2} checkpoints of {human_size(checkpoint)} do not fit on "
+        f"run_dir: {count} checkpoints of {human_size(checkpoint)} do not fit on "
         f"the disk of {run_dir}, where {human_size(free)} are free; make room, or "
         "choose another --run-dir or a smaller --keep",
     )
@@ -236,10 +266,10 @@ def write_run(
 
 
 def is_saved(records: list[log.Record], run_dir: Path) -> bool:
-    """Says whether a run that is over needs no step to be made again.
+    """Returns whether the last step of a run that is over is saved.
 
-    So it does where it was killed in its last save. Not so where it diverged, and
-    where somebody has deleted all of its checkpoints.
+    Not if the run was killed during its last save. A run that diverged, or whose
+    checkpoints were all deleted, counts as saved.
     """
     last, there = records[-1], saved_steps(run_dir / CHECKPOINTS_NAME)
     return bool(last.get("diverged")) or not there or last["step"] in there

@@ -116,8 +116,13 @@ def make_aligned_fraction(
     """Makes the function that measures how far the next update follows the gradient.
 
     It returns the fraction of the parameters whose update and gradient have opposite
-    signs, that is, which the step moves downhill. Caution zeroes the others, so that
-    with and without it the same is counted.
+    signs, that is, which the step moves downhill.
+
+    Args:
+        task: what is trained.
+        tx: the optimizer without caution, so that its update is measured before caution
+            acts on it.
+        parts: as in ``mean_gradient``.
     """
 
     def aligned_fraction(state: TrainState, batch: Batch) -> Aligned:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import grain
 import jax
@@ -29,10 +29,11 @@ class Data:
     fingerprint: str
     """Hash of the data, the same on all processes."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Further files kept with a run: contents by file name."""
+    """Further files kept with a run: contents by file name. A run that begins with the
+    weights of another needs the same ones; the option that gives one has its name, as
+    in ``--tokenizer RUN/tokenizer.json``."""
 
 
-LoadModels = Callable[[], Mapping[str, Params]]
 LoadData = Callable[[], Data]
 
 
@@ -114,17 +115,27 @@ class Task(Protocol):
     def flops(self) -> float:
         """Counts the operations of a training step."""
 
-    def show(self, models: LoadModels, data: LoadData, directory: Path) -> list[Path]:
+    def show(self, models: "LoadModels", data: LoadData, directory: Path) -> list[Path]:
         """Draws what trained models do, side by side, and returns the files.
 
         Args:
-            models: loads the parameters, by what to call the models.
-            data: loads the data that they were validated on.
+            models: loads the models, by what to call them. Their settings may differ.
+            data: loads the data that this task is validated on.
             directory: where the files go.
         """
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
         """Returns the task with its layer scans unrolled by these factors."""
+
+
+class Model(NamedTuple):
+    """A model that was trained."""
+
+    task: Any
+    params: Params
+
+
+LoadModels = Callable[[], Mapping[str, Model]]
 
 
 def count_parameters(task: Task) -> int:

@@ -8,7 +8,7 @@ import jax
 from tqdm import tqdm
 
 from examples.training import log
-from examples.training.checks import InputError
+from examples.training.checks import InputError, require
 from examples.training.config import TrainConfig, identity
 from examples.training.loop import is_over, training
 from examples.training.optimizers import OPTIMIZERS
@@ -36,7 +36,7 @@ def train(
     *,
     config: TrainConfig[Any],
 ) -> None:
-    """Train a model, or go on with a training that has been interrupted.
+    """Train a model, or resume a run that was interrupted.
 
     Args:
         run_dir: where the configuration, the log and the checkpoints go. Not given: a
@@ -47,6 +47,7 @@ def train(
         config: the run.
     """
     rate, task = config.learning_rate, config.task
+    require(profile >= 0, f"profile is {profile}: it has to be at least 0")
     processes.join()
     run_dir = run_dir or default_run_dir(config)
     speaks = jax.process_index() == 0

@@ -12,7 +12,7 @@ from examples.training.checkpoint import (
     restore_params,
     saved_steps,
 )
-from examples.training.checks import InputError, require
+from examples.training.checks import read_text, require
 from examples.training.config import TrainConfig, from_json
 from examples.training.run_dir import CONFIG_NAME
 from examples.training.task import Params, Task
@@ -48,14 +48,10 @@ def load_trained(source: Source, task: type[T]) -> Trained[T]:
         InputError: where there is no run, or not that checkpoint.
     """
     path = source.run_dir / CONFIG_NAME
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise InputError(
-            f"run_dir: {source.run_dir} holds no run: cannot read {path} "
-            f"({error.strerror})"
-        ) from error
-    config = from_json(text, str(path), task)
+    require(
+        path.exists(), f"run_dir: {source.run_dir} holds no run: there is no {path}"
+    )
+    config = from_json(read_text("run_dir", path), str(path), task)
     step = choose_step(source)
     like = jax.eval_shape(lambda: config.task.init(0))
     params = restore_params(source.run_dir / CHECKPOINTS_NAME, step, like)

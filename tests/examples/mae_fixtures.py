@@ -64,6 +64,8 @@ def write_run(directory, task, losses):
     """
     directory.mkdir()
     (directory / "config.json").write_text(to_json(TrainConfig(task)))
+    if task.data.data:
+        (directory / "data.sha256").write_text(task.load(0, 0, 1).fingerprint + "\n")
     log = [
         {"step": step, "loss": 1.0, "validation_loss": losses.get(step)}
         for step in range(1, max(losses) + 1)

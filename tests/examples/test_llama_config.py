@@ -141,6 +141,11 @@ def test_a_file_that_is_no_configuration(text, message, tmp_path, capsys):
         parse(f"--config-file {file}")
     with pytest.raises(SystemExit, match=r"error: config_file: cannot read .*missing"):
         parse(f"--config-file {tmp_path / 'missing'}")
+    with pytest.raises(SystemExit, match=r"error: preset: --config-file takes its pla"):
+        parse(f"--config-file {file} --preset paper")
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(SystemExit, match=r"error: config_file: cannot .*not UTF-8 tex"):
+        parse(f"--config-file {file}")
 
 
 def in_one_line(text):

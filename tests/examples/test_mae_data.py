@@ -2,7 +2,13 @@
 
 import io
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,11 +24,13 @@ for _module in ("grain", "matplotlib", "PIL", "tqdm"):
 from PIL import Image, ImageOps
 
 from examples.mae.config import DataConfig
-from examples.mae.data import find_pictures, load_data, split_hashes
+from examples.mae.data import find_pictures, load_data
 from examples.mae.glyphs import draw_glyphs, font_files
 from examples.mae.pictures import augment, prepare, read_picture, to_colours
 from examples.training.checks import InputError
+from examples.training.files import split_hashes
 from tests.examples.data_fixtures import assert_resumes
+from tests.examples.training_fixtures import ROOT
 
 SIZE = 16
 
@@ -473,6 +481,62 @@ def test_worker_processes_change_nothing(config):
     workers.close()
 
 
+_READS = """
+import multiprocessing, signal, sys, time
+import grain
+from examples.mae.workers import WorkerBatches
+
+def slow(i):
+    time.sleep(0.02)
+    return i
+
+if __name__ == "__main__":
+    dataset = grain.MapDataset.range(10_000).map(slow)
+    signal.signal(signal.SIGINT, lambda *_: print("signal", flush=True))
+    batches = iter(WorkerBatches(dataset, 1, grain.ReadOptions(num_threads=1)))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    print(worker.pid, flush=True)
+    for i in batches:
+        if i % 10 == 0:
+            print(i, flush=True)
+"""
+
+
+def test_workers_outlive_ctrl_c_and_not_the_program(tmp_path):
+    """A terminal's Ctrl-C comes to all processes of the program."""
+    script = tmp_path / "reads.py"
+    script.write_text(_READS)
+    program = subprocess.Popen(
+        [sys.executable, script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    lines = iter(program.stdout.readline, "")
+    worker = int(next(lines))
+    try:
+        os.killpg(program.pid, signal.SIGINT)
+        for line in lines:
+            if line == "signal\n":
+                break
+        last = int(next(lines))
+        # More than had been read ahead.
+        for line in islice(lines, 60):
+            assert int(line) == last + 10
+            last = int(line)
+        assert last > 600
+        program.kill()
+        # Until all that can write the output have ended.
+        program.communicate(timeout=30)
+    finally:
+        program.kill()
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+
+
 # Errors
 
 
@@ -518,7 +582,37 @@ def test_half_of_a_picture(fraction, config, tmp_path):
     config = replace(config, data=(str(tmp_path),), validation_fraction=fraction)
     config = replace(config, batch_size=1, validation_batches=1)
     with pytest.raises(InputError, match=r"^data: cannot read .*bad-\d.png \(.+\)$"):
-        next(iter(load_data(config, SIZE, 0).train))
+        load_data(config, SIZE, 0)
+
+
+def test_a_jpeg_that_was_cut_off(config, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    config = replace(config, data=(str(tmp_path),))
+    load_data(config, SIZE, 0)
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"^data: cannot read .*half.jpg \(.*truncat"):
+        load_data(config, SIZE, 0)
+
+
+def test_what_is_no_picture_is_ignored_and_said(config, pictures, tmp_path, capsys):
+    """Pillow knows a video by its name, and decodes none."""
+    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+    for name in ("a.mpg", "b.h5", "notes.txt", ".git/c.png"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("not a picture")
+    load_data(replace(config, data=(str(tmp_path),)), SIZE, 0)
+    said = capsys.readouterr().out
+    assert re.search(r"Ignored 1 hidden files: .*c\.png\.", said)
+    assert re.search(r"Ignored 3 files, no pictures: .*a.mpg, .*b.h5, .*txt\.", said)
+
+
+def test_a_name_that_is_empty(config):
+    with pytest.raises(InputError, match=r"^data: '' is no file; leave --data out"):
+        load_data(replace(config, data=("",)), SIZE, 0)
 
 
 def test_pixels_without_black_and_white(tmp_path):

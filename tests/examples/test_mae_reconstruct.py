@@ -1,5 +1,8 @@
 """Pictures of what a trained autoencoder makes of what it sees."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -13,8 +16,11 @@ from PIL import Image
 from examples.mae.config import DataConfig
 from examples.mae.drawing import choose, draw
 from examples.mae.model import Reconstruction, mask_noise, patchify, random_mask
+from examples.mae.reconstruct import reconstruct
 from examples.mae.task import MAETask
-from examples.training.task import Data
+from examples.training.checks import InputError
+from examples.training.task import Data, Model
+from examples.training.trained import Source
 from tests.examples.mae_fixtures import (
     MODEL,
     random_images,
@@ -115,7 +121,7 @@ def make_data():
 def test_models_side_by_side(tmp_path):
     task = MAETask(MODEL)
     models = {
-        name: random_params(MODEL, i)
+        name: Model(task, random_params(MODEL, i))
         for i, name in enumerate(("AdamW", "cautious AdamW"))
     }
     (path,) = task.show(lambda: models, make_data, tmp_path)
@@ -134,10 +140,29 @@ def test_models_side_by_side(tmp_path):
     for shown in patches.values():
         np.testing.assert_array_equal(shown[~masked], patches["original"][~masked])
     assert (patches["seen"][masked] == 128).all()
-    for name, params in models.items():
-        expected = patchify(task.reconstruct(params, examples).filled, 4)
+    for name, model in models.items():
+        expected = patchify(task.reconstruct(model.params, examples).filled, 4)
         np.testing.assert_array_equal(patches[name], expected)
     assert (patches["AdamW"] != patches["cautious AdamW"]).any()
+
+
+def test_each_model_is_drawn_with_its_own_settings(tmp_path, capsys):
+    """As of a comparison that sweeps them."""
+    task = MAETask(MODEL)
+    wide = replace(MODEL, hidden_size=2 * MODEL.hidden_size, num_heads=1)
+    seen = replace(MODEL, mask_ratio=0.5)
+    models = {
+        name: Model(MAETask(config), random_params(config, 0))
+        for name, config in (("wide", wide), ("half", seen))
+    }
+    (path,) = task.show(lambda: models, make_data, tmp_path)
+    assert "Not drawn, as its pictures or masks are others: half." in (
+        capsys.readouterr().out
+    )
+    *_, filled = find(read(path), 3, 8, 20)
+    examples = choose(make_data().validation, 8)
+    expected = MAETask(wide).reconstruct(models["wide"].params, examples).filled
+    np.testing.assert_array_equal(filled, expected)
 
 
 # The command
@@ -190,6 +215,16 @@ def test_the_picture_is_written_where_the_command_is_given(
     monkeypatch.chdir(tmp_path)
     run_command("reconstruct", "--run-dir", run_dir)
     assert [path.name for path in tmp_path.iterdir()] == ["reconstructions.png"]
+
+
+def test_pictures_that_have_changed(run_dir, task, tmp_path):
+    (file, *_) = Path(task.data.data[0]).iterdir()
+    moved = file.rename(tmp_path / file.name)
+    try:
+        with pytest.raises(InputError, match=r"^data: the pictures have changed since"):
+            reconstruct(Source(run_dir), tmp_path / "drawn.png")
+    finally:
+        moved.rename(file)
 
 
 @pytest.mark.parametrize(

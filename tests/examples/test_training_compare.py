@@ -2,8 +2,11 @@
 
 import csv
 import math
+import os
 import random
+import re
 import shutil
+import signal
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +26,7 @@ from examples.training import compare, log, plots, report
 from examples.training import history as history_of
 from examples.training.checks import InputError
 from examples.training.config import TrainConfig, settings
+from examples.training.engine import Engine
 from examples.training.history import Evaluation, History, Run, Side
 from tests.examples.training_fixtures import changed, named, run_command
 
@@ -98,7 +102,7 @@ def test_ratio_of_steps(config):
     base = history(4.0, 3.0)
     faster = history(3.5, 2.5, name="cautious_adamw")
     assert history_of.speed_up(base, faster) == 20 / 15
-    text = report.text([base, faster], config)
+    text = report.text([base, faster], [config])
     assert (
         "At learning rate 1, the best for AdamW: cautious AdamW reached AdamW's final "
         "validation loss of 3.0000 at step 15 of 20: a ratio of 1.33." in text
@@ -108,7 +112,7 @@ def test_ratio_of_steps(config):
 
     slower = history(4.0, 3.1, name="cautious_adamw")
     assert history_of.speed_up(base, slower) is None
-    assert "did not reach AdamW's" in report.text([base, slower], config)
+    assert "did not reach AdamW's" in report.text([base, slower], [config])
     assert cells(report.table([base, slower], METRICS), 3)[-1] == "not reached"
 
 
@@ -126,7 +130,7 @@ def test_several_seeds(config):
     (line,) = report.verdicts(runs)
     assert "at step 12 (10 to 15) of 20: a ratio of 1.67 (1.33 to 2.00)." in line
     assert "seed 0, 1; of several seeds, the mean and the range" in (
-        report.text(runs, config)
+        report.text(runs, [config])
     )
 
 
@@ -140,7 +144,8 @@ def test_each_at_its_best():
     assert same.startswith("At learning rate 0.001, the best for AdamW: ")
     assert "at step 18 of 20: a ratio of 1.09" in same
     assert own.startswith(
-        "Each at its best, learning rate 0.001 and learning rate 0.002: "
+        "Each at its best on these seeds, learning rate 0.001 of 2 points and learning "
+        "rate 0.002 of 2 points: "
     )
     assert "validation loss of 4.0000 at step 17 of 20: a ratio of 1.17" in own
     assert len(report.verdicts(runs[:2])) == 1
@@ -158,10 +163,10 @@ def test_runs_that_diverged(config, tmp_path):
     table = report.table(runs, METRICS)
     assert cells(table, 3)[:3] == ["4", "AdamW", "diverged at step 13"]
     assert cells(table, 5)[-1] == ""
-    report.write(runs, config, tmp_path)
+    report.write(runs, [config], tmp_path)
     (line,) = report.verdicts([lost, runs[2]])
     assert "no comparison, as AdamW diverged" in line
-    report.write([lost], config, tmp_path)
+    report.write([lost], [config], tmp_path)
 
 
 def test_an_optimizer_alone_is_compared_with_none():
@@ -178,6 +183,26 @@ def test_the_picture_has_a_panel_more_for_several_learning_rates(tmp_path):
     two, one = (Image.open(tmp_path / f"{n}.png") for n in ("two", "one"))
     assert two.width > 1.5 * one.width
     assert len(one.convert("RGB").getcolors(maxcolors=2**24) or ()) > 10
+
+
+def test_default_rates_of_two_optimizers_are_no_sweep():
+    runs = [
+        history(4.0, 3.0, name=name, rate=rate, point=(("b1", b1), ("b2", b2)))
+        for name, rate in (("adamw", 2e-3), ("lion", 5e-4))
+        for b1, b2 in (("0.9", "0.9"), ("0.95", "0.9"))
+    ]
+    assert plots._swept(runs) == [("b1", ["0.9", "0.95"])]
+    more = [
+        history(4.0, 3.0, rate=2e-3, point=(("b1", "0.9"), ("b2", b2)))
+        for b2 in ("0.99", "0.999")
+    ]
+    assert [name for name, _ in plots._swept([*runs, *more])] == ["b2", "b1"]
+
+
+def test_the_report_names_all_that_was_trained(config):
+    deeper = changed(config, model={"num_layers": 2}, steps=9)
+    text = report.text([history(4.0, 3.0)], [config, deeper, config])
+    assert re.match(r"[\d,]+ or [\d,]+ parameters, 6 or 9 steps of 8 x 32 tok", text)
 
 
 # Comparison
@@ -288,13 +313,13 @@ def test_verdicts_of_several_seeds_have_an_interval():
     (line,) = report.verdicts(base + clear)
     assert "differ by -0.4933 (95 % confidence interval" in line
     assert "3 seeds)." in line
-    assert "No difference is seen" not in line
+    assert "includes zero" not in line
     unclear = [
         history(3.0, loss, seed=i, name="cautious_adamw")
         for i, loss in enumerate((3.3, 2.9, 3.1))
     ]
     (line,) = report.verdicts(base + unclear)
-    assert line.endswith("No difference is seen.")
+    assert line.endswith("The interval includes zero.")
 
 
 def test_two_swept_settings_are_maps_on_one_scale(tmp_path):
@@ -465,3 +490,51 @@ def test_a_run_with_other_settings_is_in_the_way(config, tmp_path):
     other = compare.plan(("lion",), {}, (0,), replace(config, eval_every=1))
     with pytest.raises(InputError, match=r"other settings \(eval_every\)"):
         compare.run_all(other, (), tmp_path, together=True)
+    message = r"other settings \(eval_every\); choose another --output-dir$"
+    with pytest.raises(InputError, match=message):
+        compare.compare(
+            ("lion",), output_dir=tmp_path, config=replace(config, eval_every=1)
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizers": ("adamw", "sgd")}, "eps: sgd has no such setting"),
+        ({"sweep": ("exempt=none,nothing",)}, "exempt: there is no parameter 'nothin"),
+    ],
+)
+def test_what_only_some_runs_cannot_is_said_before_any(
+    options, message, config, tmp_path
+):
+    given = changed(config, optimizer={"eps": 1e-8, "learning_rate": 1e-3})
+    with pytest.raises(InputError, match=f"^{message}"):
+        compare.compare(output_dir=tmp_path, config=given, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_begun_after_a_signal(config, tmp_path, monkeypatch, capsys):
+    taken = []
+
+    def signalled(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        taken.append(1)
+        return make_state(*args, **options)
+
+    make_state = Engine.make_state
+    monkeypatch.setattr(Engine, "make_state", signalled)
+    compare.compare(sweep=("b1=0.8,0.9",), output_dir=tmp_path, config=config)
+    assert "Stopped. Run the same command to resume." in capsys.readouterr().out
+    (begun,) = tmp_path.iterdir()
+    assert (begun.name, len(taken)) == ("adamw-learning_rate=0.002-b1=0.8-seed0", 1)
+
+
+def test_the_seed_and_from_are_taken(config, tmp_path, capsys):
+    sweep = compare.parse_sweep(["from=a/b"])
+    assert sweep == {"from_run": ["a/b"]}
+    other = changed(config, seed=5, steps=2)
+    other = changed(other, optimizer={"caution": False, "learning_rate": 1e-3})
+    compare.compare(("lion",), output_dir=tmp_path, config=other)
+    said = capsys.readouterr().out
+    assert said.startswith("Each optimizer is trained with caution and without it.")
+    assert (tmp_path / "cautious-lion-learning_rate=0.001-seed5").is_dir()

@@ -393,7 +393,9 @@ def test_a_cosine_cannot_be_made_longer(config, run, tmp_path):
     cosine = changed(config, optimizer={"schedule": "cosine"})
     file = run_dir / "config.json"
     file.write_text(to_json(cosine))
-    message = rf"^steps: .* of {STEPS} steps, .*\(cosine\) .*: --from {run_dir} --run-d"
+    message = (
+        rf"^steps: .* for {STEPS} steps, .*\(cosine\) .*: --from {run_dir} --run-"
+    )
     for steps in (STEPS - 1, MORE):
         with pytest.raises(InputError, match=message):
             next(training(replace(cosine, steps=steps), run_dir))
@@ -483,6 +485,15 @@ def test_fewer_steps_than_were_taken(config, falling, run, fallen):
     assert steps_in(fallen / "checkpoints") == [FALLS, STEPS]
 
 
+def test_as_many_steps_as_were_taken_are_not_the_whole_run(falling, tmp_path):
+    """Its learning rate has not fallen, and its last step was not validated."""
+    run_dir = tmp_path / "run"
+    train(falling, run_dir, stop=lambda step: step == FALLS - 2)
+    message = r"^steps: the run in .* has taken 1 steps already; give more$"
+    with pytest.raises(InputError, match=message):
+        next(training(replace(falling, steps=1), run_dir))
+
+
 def test_no_checkpoint_from_before_the_rate_fell(falling, fallen, tmp_path):
     run_dir = shutil.copytree(fallen, tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints" / str(FALLS))
@@ -563,6 +574,20 @@ def test_the_weights_of_a_model_with_other_parts(tmp_path):
     message = r"^from: .* another model: its x is missing, and here it is \(8,\)$"
     with pytest.raises(InputError, match=message):
         load_params(tmp_path, {**like, "x": array})
+
+
+def test_the_weights_of_another_tokenizer(begun, run, tmp_path):
+    """The rows of the embedding would mean other tokens."""
+    other = tmp_path / "other"
+    shutil.copytree(begun.task.data.data[0], other)
+    (other / "more.txt").write_text("quite different words, and many of them " * 30)
+    elsewhere = changed(begun, data={"data": (str(other),)})
+    message = rf"^from: .* another tokenizer.json .*; give --tokenizer ({run}/.*json)$"
+    with pytest.raises(InputError, match=message):
+        next(training(elsewhere, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    given = changed(elsewhere, data={"tokenizer": str(run / "tokenizer.json")})
+    assert len(train(given, tmp_path / "run")) == 2
 
 
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
@@ -672,6 +697,12 @@ def test_a_full_disk_is_said_once(monkeypatch, capsys):
 
 
 # Traces
+
+
+def test_fewer_than_no_steps_cannot_be_traced(config, tmp_path):
+    arguments = as_arguments(config, tmp_path, tmp_path / "run")
+    with pytest.raises(SystemExit, match=r"^error: profile is -1: it has to be at lea"):
+        run_command("train", [*arguments, "--profile", "-1"])
 
 
 def test_a_trace_changes_nothing(config, longer, tmp_path):

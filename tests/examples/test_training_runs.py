@@ -32,7 +32,9 @@ for _module in (
 
 # ruff: noqa: E402
 
+import filelock
 import grain
+import orbax.checkpoint as ocp
 from safetensors.numpy import load_file
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -631,6 +633,50 @@ def test_a_directory_that_holds_something_else(config, tmp_path):
     with pytest.raises(InputError, match="is not empty and holds no run; choose anoth"):
         next(training(config, tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_directory_with_somebody_elses_config(config, tmp_path):
+    """As an exported model has one."""
+    contents = {"config.json": '{"model_type": "llama"}', "tokenizer.json": "{}"}
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+    message = r"^run_dir: .*config.json is not the configuration of a run.*; choose an"
+    with pytest.raises(InputError, match=message):
+        next(training(config, tmp_path))
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == contents
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_directory_that_cannot_be_written(config, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match=r"^run_dir: cannot write in .* \(Permission"):
+        next(training(config, tmp_path))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_directory_where_no_lock_can_be_made(number, config, tmp_path, monkeypatch):
+    def acquire(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.raises(InputError, match=r"^run_dir: cannot write in .*; choose anoth"):
+        next(training(config, tmp_path / "run"))
+
+
+def test_data_that_cannot_be_read_again_damage_no_checkpoint(
+    config, run_dir, monkeypatch
+):
+    """As when the network is down for a moment."""
+    before = sorted(run_dir.rglob("*"))
+
+    def restore(*args, **options):
+        raise InputError("data: cannot read the dataset")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", restore)
+        with pytest.raises(InputError, match=r"^data: cannot read the dataset"):
+            next(training(config, run_dir))
+    assert sorted(run_dir.rglob("*")) == before
 
 
 def test_a_directory_that_cannot_be_made(config, tmp_path):

@@ -5,6 +5,7 @@ import socket
 from dataclasses import replace
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -691,6 +692,49 @@ def test_the_aligned_fraction_is_of_the_optimizer_without_decay(steps_taken):
     assert found[0] == found[1] > 0.1
 
 
+def test_the_aligned_fraction_is_measured_before_caution_acts():
+    """A rule that turns opposed coordinates round would leave none."""
+    found = []
+    for weight in (0.0, -1.0):
+        plain = make_engine(with_optimizer("cautious_adamw"))
+        turned = changed(plain.config, optimizer={"opposed_weight": weight})
+        engine = replace(plain, config=turned)
+        batches = [engine.put_batch(batch) for batch in walks()[:3]]
+        train_step, _, aligned_fraction = engine.compile(batches[0], batches[0][None])
+        state = engine.make_state()
+        for batch in batches[:2]:
+            state, _ = train_step(state, batch)
+        found.append(float(aligned_fraction(state, batches[2]).whole))
+    assert found[0] == found[1] < 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_row_has_a_state_and_something_to_be_cautious_about(name):
+    """The state is the same with caution and without, whatever is exempt."""
+    config = with_optimizer("cautious_adamw")
+    params = config.task.init(0)
+    grads = jax.tree.map(jnp.ones_like, params)
+    # The momentum of the first gradients outweighs the last.
+    gradients = grads, grads, jax.tree.map(lambda g: -0.01 * g, grads)
+    updates, states = [], []
+    for changes in (
+        {"caution": False},
+        {"caution": True},
+        {"caution": True, "exempt": ("blocks", "embedding")},
+    ):
+        changes |= {"optimizer": name, "learning_rate": 1e-3, "schedule": "constant"}
+        changes |= {"max_grad_norm": None, "warmup_fraction": 0.0}
+        tx = make_engine(changed(config, optimizer=changes)).tx
+        state = tx.init(params)
+        states.append(jax.tree.map(jnp.shape, state))
+        for gradient in gradients:
+            update, state = jax.jit(tx.update)(gradient, state, params)
+        updates.append(update)
+    assert states[0] == states[1] == states[2]
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(updates[0], updates[1])
+
+
 # Messages
 
 
@@ -771,7 +815,7 @@ def test_an_optimizer_without_that_setting(name, options, message):
 
 # Processes
 
-# Steps take a while from the sixth on, at which the signal comes, as it is looked for
+# Steps take a while from the fourth on, at which the signal comes, as it is looked for
 # once a second only.
 _PREEMPTED = """
 import os, runpy, signal, sys, time
@@ -779,9 +823,9 @@ import jax
 from jax.experimental import multihost_utils
 look = multihost_utils.reached_preemption_sync_point
 def slow_look(step):
-    if step == 6 and jax.process_index() == 1:
+    if step == 4 and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.2 if step >= 6 else 0)
+    time.sleep(0.3 if step >= 4 else 0)
     return look(step)
 multihost_utils.reached_preemption_sync_point = slow_look
 runpy.run_module("examples.llama", run_name="__main__", alter_sys=True)
@@ -803,10 +847,10 @@ def long_config(request, tmp_path_factory):
         # So low that rounding does not grow much.
         optimizer={"learning_rate": 3e-3},
         mesh=(2, 2, 2),
-        steps=30,
-        log_every=5,
-        eval_every=5,
-        checkpoint_every=15,
+        steps=16,
+        log_every=4,
+        eval_every=8,
+        checkpoint_every=8,
     )
 
 
@@ -868,7 +912,7 @@ def test_two_processes_stop_together_and_go_on(
     ends = two_processes(run_dir, ("-c", script))
     assert [code for code, _ in ends] == [0, 0], ends
     stopped = len(read_log(run_dir))
-    assert 6 <= stopped < 30
+    assert 4 <= stopped < 16
     assert f"Stopped: step {stopped} is saved" in ends[0][1]
     assert (run_dir / "checkpoints" / str(stopped)).is_dir()
     ends = two_processes(run_dir)
@@ -902,17 +946,20 @@ def test_all_processes_have_the_same_text(change, monkeypatch):
     data = Data(None, None, "0" * 64, {"tokenizer.json": "[]"})
     digests = []
 
+    def of(data):
+        return "data", data.fingerprint, *data.files.values()
+
     def allgather(digest):
         digests.append(digest)
         return np.stack([digests[0], digest])
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(processes.multihost_utils, "process_allgather", allgather)
-    processes.require_same_data(data)
+    processes.require_same(*of(data))
     if change:
         with pytest.raises(
             InputError, match=r"^data: process 1 has different data from"
         ):
-            processes.require_same_data(replace(data, **change))
+            processes.require_same(*of(replace(data, **change)))
     else:
-        processes.require_same_data(replace(data))
+        processes.require_same(*of(replace(data)))

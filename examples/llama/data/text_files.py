@@ -29,6 +29,7 @@ from examples.llama.data.tokenizer import (
     train_tokenizer,
 )
 from examples.training.checks import require
+from examples.training.files import files_below, list_some, split_hashes
 
 _NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 _DATA_FILE = re.compile(
@@ -130,7 +131,7 @@ def read_documents(paths: tuple[Path, ...]) -> list[str]:
     if skipped:
         print(
             f"Skipped {len(skipped)} files that cannot be read as UTF-8 text: "
-            f"{_listed(skipped)}."
+            f"{list_some(skipped)}."
         )
     where = " ".join(map(str, paths)) or "the standard library, here without source"
     require(bool(documents), f"data: no text in {where}; give --data text files")
@@ -163,7 +164,7 @@ def _files(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
     _, data = _part_data_files(named)
     require(
         not data,
-        f"data: {_listed(data)}: rows, not plain text; make a directory "
+        f"data: {list_some(data)}: rows, not plain text; make a directory "
         "with a file train.* and a file validation.*, and pass --data hf:DIRECTORY, "
         f"{_OTHER_COLUMN}",
     )
@@ -177,24 +178,16 @@ def _files(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
 
 def _files_below(directory: Path) -> list[Path]:
     """Lists the files of a directory that are neither hidden nor data files."""
-    files = sorted(file for file in directory.rglob("*") if file.is_file())
-    hidden = [
-        file
-        for file in files
-        if any(part.startswith(".") for part in file.relative_to(directory).parts)
-    ]
-    if hidden:
-        print(f"Ignored {len(hidden)} hidden files: {_listed(hidden)}.")
-    text, data = _part_data_files(sorted({*files} - {*hidden}))
+    text, data = _part_data_files(files_below(directory))
     if data:
         require(
             any(not _is_beside_data(file) for file in text),
-            f"data: {_listed(data)}: rows, not plain text; pass --data "
+            f"data: {list_some(data)}: rows, not plain text; pass --data "
             f"hf:{directory}, {_OTHER_COLUMN}",
         )
         print(
             f"Ignored {len(data)} data files beside text: "
-            f"{_listed(data)}. To train on them instead, give them a directory of "
+            f"{list_some(data)}. To train on them instead, give them a directory of "
             f"their own and pass --data hf:DIRECTORY, {_OTHER_COLUMN}."
         )
     return text
@@ -218,14 +211,6 @@ def _is_json(file: Path) -> bool:
 def _is_beside_data(file: Path) -> bool:
     """Tells whether a file describes the data files with which it comes."""
     return _is_json(file) or file.stem.lower() in ("readme", "license")
-
-
-def _listed(files: Sequence[Path], most: int = 3) -> str:
-    """Lists the first few files, and the number of the others."""
-    names = ", ".join(map(str, files[:most]))
-    # A name need not be text, and could not be printed.
-    names = names.encode(errors="backslashreplace").decode()
-    return names + f" and {len(files) - most} more" * (len(files) > most)
 
 
 def cut_document(text: str) -> list[str]:
@@ -283,9 +268,9 @@ def split_documents(
         "do not count), and no other to validate on; give two files, or one of "
         f"{3 * _PIECE:,} characters or more",
     )
-    ordered = sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
-    count = min(max(1, round(fraction * len(ordered))), len(ordered) - 1)
-    return ordered[count:], ordered[:count]
+    by_hash = {hashlib.sha256(text.encode()).digest(): text for text in documents}
+    train, validation = split_hashes(by_hash, fraction)
+    return [by_hash[h] for h in train], [by_hash[h] for h in validation]
 
 
 def pack(

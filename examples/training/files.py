@@ -1,0 +1,45 @@
+"""Files to train on: which of a directory, and which to keep for validation."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+def files_below(directory: Path) -> list[Path]:
+    """Lists the files of a directory and of all below it, without hidden ones."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    hidden = [
+        file
+        for file in files
+        if any(part.startswith(".") for part in file.relative_to(directory).parts)
+    ]
+    if hidden:
+        print(f"Ignored {len(hidden)} hidden files: {list_some(hidden)}.")
+    return sorted({*files} - {*hidden})
+
+
+def list_some(files: Sequence[Path], most: int = 3) -> str:
+    """Lists the first few files, and the number of the others."""
+    names = ", ".join(map(str, files[:most]))
+    # A name need not be text, and could not be printed.
+    names = names.encode(errors="backslashreplace").decode()
+    return names + f" and {len(files) - most} more" * (len(files) > most)
+
+
+def split_hashes(
+    hashes: Iterable[bytes], fraction: float
+) -> tuple[list[bytes], list[bytes]]:
+    """Splits items into training and validation by their hashes.
+
+    Their order decides, so that neither names nor the order of reading matter, and one
+    more moves one other at most.
+
+    Args:
+        hashes: at least two, all different.
+        fraction: share of them to validate on; at least one is.
+
+    Returns:
+        Those to train on and those to validate on.
+    """
+    ordered = sorted(hashes)
+    count = min(max(1, round(fraction * len(ordered))), len(ordered) - 1)
+    return ordered[count:], ordered[:count]
