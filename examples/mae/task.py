@@ -86,7 +86,7 @@ class MAETask:
         return f"{self.data.batch_size} pictures of {side} x {side} pixels"
 
     def default_learning_rate(self, optimizer: str) -> float | None:
-        """Returns the tuned rate of the tiny model, and None for any other."""
+        """Returns the best rate of a sweep with the tiny model, else None."""
         tiny = replace(MODELS["tiny"], unroll=self.model.unroll)
         if replace(tiny, decoder_unroll=self.model.decoder_unroll) != self.model:
             return None
@@ -168,10 +168,12 @@ def with_model(config: TrainConfig[MAETask], name: str) -> TrainConfig[MAETask]:
 _BATCH = 4096
 PRESETS: dict[str, TrainConfig[MAETask]] = {
     "demo": TrainConfig(
-        MAETask(data=DataConfig(validation_batches=4)),
+        MAETask(data=DataConfig(batch_size=32, validation_batches=16)),
         OptimizerConfig(b1=0.9, b2=0.95, weight_decay=0.05),
-        steps=350,
-        checkpoint_every=350,
+        steps=1200,
+        log_every=50,
+        eval_every=50,
+        checkpoint_every=1200,
     ),
     "paper": TrainConfig(
         MAETask(

@@ -112,11 +112,10 @@ def _plot_arrow(axes: Axes, base: Group | None, cautious: Group | None) -> None:
     axes.annotate("", (reached, loss), (end, loss), arrowprops=arrow)
     axes.annotate(
         f"ratio of steps: {end / reached:.2f}",
-        ((reached + end) / 2, loss),
+        (reached, loss),
         textcoords="offset points",
-        xytext=(0, 24),
-        horizontalalignment="center",
-        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
+        xytext=(10, 4),
+        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
     )
 
 
@@ -241,6 +240,6 @@ def _rows(fractions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _finish(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, handlelength=3)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
