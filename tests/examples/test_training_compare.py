@@ -18,6 +18,7 @@ for _module in ("grain", "matplotlib", "tokenizers", "tqdm", "tyro"):
 
 # ruff: noqa: E402
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 from examples.llama.config import DataConfig, ModelConfig
@@ -28,6 +29,7 @@ from examples.training.checks import InputError
 from examples.training.config import TrainConfig, settings
 from examples.training.engine import Engine
 from examples.training.history import Evaluation, History, Run, Side
+from examples.training.trained import Trained
 from tests.examples.training_fixtures import changed, named, run_command
 
 METRICS = {"perplexity": perplexity}
@@ -183,6 +185,20 @@ def test_the_picture_has_a_panel_more_for_several_learning_rates(tmp_path):
     two, one = (Image.open(tmp_path / f"{n}.png") for n in ("two", "one"))
     assert two.width > 1.5 * one.width
     assert len(one.convert("RGB").getcolors(maxcolors=2**24) or ()) > 10
+
+
+def test_a_map_tells_what_was_not_run_from_what_diverged():
+    points = [(("b1", b1), ("b2", b2)) for b1 in "12" for b2 in "34"]
+    runs = [
+        history(9.0, loss, point=point, diverged_at=lost)
+        for point, loss, lost in zip(points, (1.0, 2.0, 3.0), (None, None, 20))
+    ]
+    figure = Figure()
+    panels = [figure.subplots()]
+    swept = [("b1", ["1", "2"]), ("b2", ["3", "4"])]
+    plots._plot_maps(panels, runs, [runs[0].run.side], swept)
+    shown = {text.get_position(): text.get_text() for text in panels[0].texts}
+    assert shown == {(0, 0): "1.000", (0, 1): "2.000", (1, 0): "diverged"}
 
 
 def test_default_rates_of_two_optimizers_are_no_sweep():
@@ -451,6 +467,34 @@ def test_from_the_command_line(config, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| 0.001           | Lion          |" in text
     assert "| 0.001           | cautious Lion |" in text
+
+
+def test_the_best_models_are_shown_with_their_own_settings(
+    config, tmp_path, monkeypatch
+):
+    shown = {}
+
+    def show(task, models, data, directory):
+        shown.update({name: model.task for name, model in models().items()})
+        return []
+
+    def load_trained(source, task):
+        (planned,) = [c for run, c in runs.items() if run.name == source.run_dir.name]
+        return Trained(planned, 6, {})
+
+    runs = compare.plan(("adamw",), {"num_layers": ["1", "2"]}, (0,), config)
+    monkeypatch.setattr(LlamaTask, "show", show)
+    monkeypatch.setattr(compare, "load_trained", load_trained)
+    monkeypatch.setattr(compare, "is_loadable", lambda directory: True)
+    histories = [
+        replace(history(9.0, loss), run=run)
+        for run, loss in zip(runs, (1.0, 2.0, 2.0, 1.0))
+    ]
+    compare.show_best(histories, runs, tmp_path)
+    assert {name: task.model.num_layers for name, task in shown.items()} == {
+        "AdamW": 1,
+        "cautious AdamW": 2,
+    }
 
 
 # Errors

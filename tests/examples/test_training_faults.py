@@ -393,9 +393,7 @@ def test_a_cosine_cannot_be_made_longer(config, run, tmp_path):
     cosine = changed(config, optimizer={"schedule": "cosine"})
     file = run_dir / "config.json"
     file.write_text(to_json(cosine))
-    message = (
-        rf"^steps: .* for {STEPS} steps, .*\(cosine\) .*: --from {run_dir} --run-"
-    )
+    message = rf"^steps: .* for {STEPS} steps, .*\(cosine\) .*: --from {run_dir} --run-"
     for steps in (STEPS - 1, MORE):
         with pytest.raises(InputError, match=message):
             next(training(replace(cosine, steps=steps), run_dir))

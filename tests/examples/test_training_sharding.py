@@ -735,6 +735,21 @@ def test_every_row_has_a_state_and_something_to_be_cautious_about(name):
         chex.assert_trees_all_close(updates[0], updates[1])
 
 
+@pytest.mark.parametrize("config", [CONFIG, MAE], ids=["llama", "mae"])
+def test_an_evaluation_in_parts_is_that_of_the_whole(config):
+    params = config.task.init(0)
+    generator = np.random.default_rng(0)
+    batches = jax.tree.map(
+        lambda x: generator.integers(0, 255, (2, *x.shape), x.dtype),
+        config.task.batch_like(),
+    )
+    whole, parts = (
+        jax.jit(step.make_evaluate(config.task, parts))(params, batches)
+        for parts in (1, 4)
+    )
+    assert float(parts) == pytest.approx(float(whole), rel=1e-5)
+
+
 # Messages
 
 
@@ -937,6 +952,17 @@ def test_a_run_directory_that_is_not_shared(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"process 1 does not see .* all processes sh"):
         next(loop.training(CONFIG, tmp_path / "of its own"))
     assert not (tmp_path / "of its own").exists()
+
+
+def test_all_processes_have_the_same_settings(tmp_path, monkeypatch):
+    def allgather(digest):
+        return np.stack([digest, digest + 1])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", allgather)
+    with pytest.raises(InputError, match=r"^settings: process 1 has different settin"):
+        next(loop.training(replace(CONFIG, mesh=(2, 2, 2)), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
