@@ -114,8 +114,9 @@ def _plot_arrow(axes: Axes, base: Group | None, cautious: Group | None) -> None:
         f"ratio of steps: {end / reached:.2f}",
         (reached, loss),
         textcoords="offset points",
-        xytext=(10, 4),
-        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+        xytext=(-6, -4),  # Both curves are above, as far as they fall.
+        horizontalalignment="right",
+        verticalalignment="top",
     )
 
 
