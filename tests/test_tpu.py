@@ -143,7 +143,8 @@ def test_a_whole_training_step():
     assert found.accessed > 9 * found.parameters
     peaks = compiling.evaluation_peaks(config, TOPOLOGY)
     assert found.parameters + found.moments < peaks["validation loss"] < found.peak
-    assert peaks["aligned fraction"] == pytest.approx(found.peak, rel=0.1)
+    # It takes the same gradient, and the step of the optimizer without caution.
+    assert 0.8 * found.peak < peaks["aligned fraction"] < 1.1 * found.peak
 
 
 def test_collectives_are_counted_as_often_as_their_loop_runs():
