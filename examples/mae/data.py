@@ -215,8 +215,8 @@ def _hash_of_picture(path: Path) -> bytes:
 def find_pictures(paths: Iterable[Path]) -> Iterator[Path]:
     """Yields each file that is named, and those below each directory, in order.
 
-    In a directory, a file whose suffix is of no picture that Pillow opens is left out,
-    and so is a hidden one.
+    In a directory, hidden files are left out, and files whose suffix is not that of a
+    picture that Pillow can decode.
 
     Raises:
         InputError: for a path that does not exist.
@@ -231,7 +231,7 @@ def find_pictures(paths: Iterable[Path]) -> Iterator[Path]:
         pictures = [file for file in files if file.suffix.lower() in known]
         others = sorted({*files} - {*pictures})
         if others:
-            print(f"Ignored {len(others)} files, no pictures: {list_some(others)}.")
+            print(f"Ignored {len(others)} other files: {list_some(others)}.")
         yield from pictures
 
 

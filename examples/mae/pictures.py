@@ -19,13 +19,13 @@ _TRIES = 10
 
 
 def suffixes() -> frozenset[str]:
-    """Returns the file suffixes of the pictures that Pillow can open, with the dot."""
+    """Returns the suffixes of the files that Pillow can decode, with the dot."""
     kinds = Image.registered_extensions()  # Reading it imports what opens them.
-    return frozenset(suffix for suffix, kind in kinds.items() if _is_picture(kind))
+    return frozenset(suffix for suffix, kind in kinds.items() if _decodes(kind))
 
 
-def _is_picture(kind: str) -> bool:
-    """Tells whether Pillow decodes a format, beyond telling what it is."""
+def _decodes(kind: str) -> bool:
+    """Returns whether Pillow decodes a format, and does not only identify it."""
     if kind not in Image.OPEN or Image.MIME.get(kind, "").startswith("video/"):
         return False
     opens, _ = Image.OPEN[kind]

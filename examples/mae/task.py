@@ -139,14 +139,14 @@ class MAETask:
     def show(self, models: LoadModels, data: LoadData, directory: Path) -> list[Path]:
         """Draws each model's reconstruction of the same eight pictures.
 
-        Models of other pictures or masks are left out.
+        Models with another picture size, patch size or mask ratio are left out.
         """
         batch, made = choose(data().validation, 8), {}
         for name, (task, params) in models().items():
             if task.model.masks_like(self.model):
                 made[name] = task.reconstruct(params, batch)
             else:
-                print(f"Not drawn, as its pictures or masks are others: {name}.")
+                print(f"Not drawn, because its pictures or masks differ: {name}.")
         path = directory / "reconstructions.png"
         draw(made, path)
         return [path]

@@ -39,7 +39,7 @@ class WorkerBatches(grain.IterDataset[T]):  # type: ignore[misc]
 
 
 def _leave_signals_to_parent(index: int, count: int) -> None:
-    """Lets a worker end when its parent does, and at no signal before.
+    """Makes a worker ignore signals, and end when its parent ends.
 
     A terminal's Ctrl-C and many schedulers' SIGTERM go to the whole process group, and
     the parent needs its workers until it has saved.

@@ -104,7 +104,7 @@ class Checkpoints:
     ) -> Restored | None:
         """Restores the newest checkpoint that is whole.
 
-        Newer ones, which are damaged, are reported and moved aside.
+        Newer ones are damaged: they are reported and moved aside.
 
         Args:
             like: shapes, dtypes and shardings of the state.

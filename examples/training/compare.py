@@ -159,7 +159,7 @@ def run_all(
 
 
 class _Loader:
-    """Loads the data of runs, one after the other; the same data only once."""
+    """Loads the data of a run, or returns the last if they are the same."""
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
@@ -194,7 +194,7 @@ def _take_turns(
             stack.callback(iterator.close)
         while trainings:
             for run, iterator in list(trainings.items()):
-                # Nothing is begun after a signal.
+                # After a signal, no other run starts.
                 records = None if run not in ends and stop(0) else next(iterator, None)
                 if records is None:
                     del trainings[run]

@@ -20,7 +20,7 @@ def files_below(directory: Path) -> list[Path]:
 def list_some(files: Sequence[Path], most: int = 3) -> str:
     """Lists the first few files, and the number of the others."""
     names = ", ".join(map(str, files[:most]))
-    # A name need not be text, and could not be printed.
+    # A name may have bytes that cannot be printed.
     names = names.encode(errors="backslashreplace").decode()
     return names + f" and {len(files) - most} more" * (len(files) > most)
 
@@ -30,8 +30,8 @@ def split_hashes(
 ) -> tuple[list[bytes], list[bytes]]:
     """Splits items into training and validation by their hashes.
 
-    Their order decides, so that neither names nor the order of reading matter, and one
-    more moves one other at most.
+    The order of the hashes decides. Names and the order of reading do not matter, and a
+    new item moves at most one other between the two.
 
     Args:
         hashes: at least two, all different.

@@ -1,4 +1,4 @@
-"""The runs of a comparison: what they differ in, what came of them, and statistics."""
+"""The runs of a comparison: their settings, their results, and statistics."""
 
 import itertools
 import statistics
@@ -63,7 +63,7 @@ class History:
     """Training loss of every step."""
     evaluations: tuple[Evaluation, ...]
     seconds: tuple[float, ...]
-    """Time a step took on average, between each writing of the log and the next."""
+    """Mean time of a step, between each log write and the next."""
     diverged_at: int | None = None
     """The step at which the loss was not finite."""
     aligned_fractions: Mapping[str, np.ndarray] | None = None
@@ -77,7 +77,7 @@ class History:
 
     @property
     def seconds_per_step(self) -> float:
-        """Median time of a step, without what came before the first writing."""
+        """Median time of a step, without the interval before the first log write."""
         return statistics.median(self.seconds[1:] or self.seconds)
 
     @property
@@ -114,7 +114,7 @@ def read_history(run: Run, directory: Path) -> History:
 
 
 def first_step_at(evaluations: Sequence[Evaluation], loss: float) -> float | None:
-    """Finds where a loss curve first comes down to a value.
+    """Finds where a loss curve first reaches a value.
 
     Args:
         evaluations: points of the curve, joined by straight lines.
@@ -133,9 +133,9 @@ def first_step_at(evaluations: Sequence[Evaluation], loss: float) -> float | Non
 
 
 def speed_up(base: History, cautious: History) -> float | None:
-    """Returns the base's steps over those in which the other gets as far.
+    """Returns the base's steps over those that the other needs to reach its loss.
 
-    None if it never does. For a base that diverged there is nothing to reach.
+    None if it never does, or if the base diverged.
     """
     if base.diverged_at is not None:
         return None
@@ -144,7 +144,7 @@ def speed_up(base: History, cautious: History) -> float | None:
 
 
 def group(histories: Sequence[History]) -> dict[tuple[Side, Point], Group]:
-    """Puts the seeds of each side and point together."""
+    """Groups the runs by side and point; a group has all seeds."""
     groups: dict[tuple[Side, Point], Group] = {}
     for history in histories:
         key = history.run.side, history.run.point
@@ -165,7 +165,7 @@ def best(histories: Sequence[History], side: Side) -> Group | None:
 
 
 def pairs(histories: Sequence[History]) -> list[tuple[Side, Side]]:
-    """Lists each optimizer that is there with and without caution."""
+    """Lists the optimizers that were trained both without and with caution."""
     sides = list(dict.fromkeys(history.run.side for history in histories))
     return [
         (Side(side.optimizer, False), side)

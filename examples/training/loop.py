@@ -76,16 +76,16 @@ def training(
             return
         with together():
             shared = shared_steps(config.optimizer, config.steps)
-            # The newest, the best, the one being written, and the one always kept.
-            count = config.keep + 2 + (shared is not None)
+            # The newest, the best, the one being written, and the one always kept,
+            # unless that is the last.
+            count = config.keep + 2 + (shared not in (None, config.steps))
             require_space(run_dir, size(engine.state_like), count)
             directory = run_dir / CHECKPOINTS_NAME
+            if data is None:
+                data = load_run_data(config)
             params = None
             if config.from_run is not None and not saved_steps(directory):
                 params = load_params(config.from_run, engine.state_like.params)
-            if data is None:
-                data = load_run_data(config)
-            if params is not None and config.from_run is not None:
                 require_same_files(config.from_run, data)
         require_same("data", data.fingerprint, *data.files.values())
         with together():
@@ -146,8 +146,8 @@ def _steps(
         batch: the next batch.
         batches: those after it.
         validation: what to evaluate on.
-        stop: says after a step whether to end.
-        trace: called after a step, with what it measured.
+        stop: called after each step; returns whether to end.
+        trace: called after each step, with what the step measured.
 
     Yields:
         The records since the last time, the state, and whether to save it. The state

@@ -127,8 +127,8 @@ class OptimizerConfig:
     neutral: Literal["hold", "follow", "ignore"] = "hold"
     """Caution: what happens where the update or the gradient is exactly zero."""
     alignment: Literal["element", "leaf", "tree"] = "element"
-    """Caution: whose agreement is judged: each element's, each leaf's, or each tree's,
-    which is one layer, or everything outside the layers."""
+    """Caution: the unit whose agreement is judged: each element, each leaf, or each
+    tree (a layer, or everything outside the layers)."""
     cautious_decay: bool = False
     """Decay a weight only where that does not oppose its update. Works with caution and
     without it."""

@@ -114,7 +114,7 @@ def _plot_arrow(axes: Axes, base: Group | None, cautious: Group | None) -> None:
         f"ratio of steps: {end / reached:.2f}",
         (reached, loss),
         textcoords="offset points",
-        xytext=(-6, -4),  # Both curves are above, as far as they fall.
+        xytext=(-6, -4),  # Falling curves leave this corner free.
         horizontalalignment="right",
         verticalalignment="top",
     )
@@ -159,7 +159,7 @@ def _plot_maps(
 ) -> None:
     """Draws the final losses over two settings; of a third, its best value is taken."""
     (x_name, x_values), (y_name, y_values) = swept
-    # What was not run is not a number, what diverged infinite.
+    # NaN where nothing was run, infinite where a run diverged.
     maps = np.full((len(sides), len(y_values), len(x_values)), np.nan)
     for (side, point), seeds in group(histories).items():
         own = dict(point)

@@ -219,8 +219,8 @@ def require_same_files(from_run: Path, data: Data) -> None:
     for name, text in data.files.items():
         path = from_run / name
         require(
-            not path.exists() or path.read_text("utf-8") == text,
-            f"from: the run in {from_run} has another {name} than these data make; "
+            not path.exists() or read_text("from", path) == text,
+            f"from: the run in {from_run} used another {name} than this one would; "
             f"give --{path.stem} {path}",
         )
 

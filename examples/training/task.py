@@ -29,11 +29,19 @@ class Data:
     fingerprint: str
     """Hash of the data, the same on all processes."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Further files kept with a run: contents by file name. A run that begins with the
-    weights of another needs the same ones; the option that gives one has its name, as
-    in ``--tokenizer RUN/tokenizer.json``."""
+    """Further files kept with a run: contents by name. A run that starts from another's
+    weights must have the same files. The option that sets one is called after it, as in
+    ``--tokenizer RUN/tokenizer.json``."""
 
 
+class Model(NamedTuple):
+    """A model that was trained."""
+
+    task: Any
+    params: Params
+
+
+LoadModels = Callable[[], Mapping[str, Model]]
 LoadData = Callable[[], Data]
 
 
@@ -126,16 +134,6 @@ class Task(Protocol):
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
         """Returns the task with its layer scans unrolled by these factors."""
-
-
-class Model(NamedTuple):
-    """A model that was trained."""
-
-    task: Any
-    params: Params
-
-
-LoadModels = Callable[[], Mapping[str, Model]]
 
 
 def count_parameters(task: Task) -> int:

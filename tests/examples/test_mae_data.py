@@ -607,7 +607,7 @@ def test_what_is_no_picture_is_ignored_and_said(config, pictures, tmp_path, caps
     load_data(replace(config, data=(str(tmp_path),)), SIZE, 0)
     said = capsys.readouterr().out
     assert re.search(r"Ignored 1 hidden files: .*c\.png\.", said)
-    assert re.search(r"Ignored 3 files, no pictures: .*a.mpg, .*b.h5, .*txt\.", said)
+    assert re.search(r"Ignored 3 other files: .*a.mpg, .*b.h5, .*txt\.", said)
 
 
 def test_a_name_that_is_empty(config):

@@ -156,7 +156,7 @@ def test_each_model_is_drawn_with_its_own_settings(tmp_path, capsys):
         for name, config in (("wide", wide), ("half", seen))
     }
     (path,) = task.show(lambda: models, make_data, tmp_path)
-    assert "Not drawn, as its pictures or masks are others: half." in (
+    assert "Not drawn, because its pictures or masks differ: half." in (
         capsys.readouterr().out
     )
     *_, filled = find(read(path), 3, 8, 20)
