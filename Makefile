@@ -13,6 +13,9 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 
+# One process takes the tests of a file, which share what they set up and compile.
+PYTEST := python -m pytest --numprocesses auto --dist loadfile
+
 # Training on a CPU takes much fresh memory at each step, and glibc can take it in pages
 # of 2 MB. Other systems ignore this.
 TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
@@ -51,18 +54,18 @@ peers: $(VENV)/.examples $(VENV)/.peers $(VENV)/.parity
 	$(TRAIN) -m benchmarks.llama
 
 test: $(VENV)/.examples $(VENV)/.hf $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/$(PYTEST)
 
 # Without the examples and what they install.
 test-library: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses auto --ignore tests/examples
+	$(BIN)/$(PYTEST) --ignore tests/examples
 
 # The library on the oldest JAX and Optax that it declares.
 test-floor:
 	$(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/pip install --quiet --disable-pip-version-check \
 	  --editable '.[test]' jax==0.7.0 jaxlib==0.7.0 optax==0.2.8
-	.venv-floor/bin/python -m pytest --numprocesses auto --ignore tests/examples
+	.venv-floor/bin/$(PYTEST) --ignore tests/examples
 
 test-tpu:
 	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.test .venv-tpu/.examples

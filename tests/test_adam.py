@@ -51,15 +51,16 @@ DTYPED_CASES = [
 ]
 
 
-@pytest.fixture(params=["cpu", "default"], autouse=True)
-def branch(request, monkeypatch):
+@pytest.fixture(scope="module", params=["cpu", "default"], autouse=True)
+def branch(request):
     def chosen(*args, default, **branches):
         return branches.get(request.param, default)(*args)
 
-    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
-    monkeypatch.setattr(_mean, "SMALL", 0)
-    jax.clear_caches()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", chosen)
+        patch.setattr(_mean, "SMALL", 0)
+        jax.clear_caches()
+        yield
     jax.clear_caches()
 
 

@@ -1,6 +1,7 @@
 """The runs of a comparison: their settings, their results, and statistics."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
-import scipy.stats
+from scipy.special import stdtrit
 
 from examples.training import log
 from examples.training.optimizers import title
@@ -206,7 +207,9 @@ def paired_difference(base: Sequence[float], other: Sequence[float]) -> Interval
         base: a value for each seed, of two seeds at least.
         other: those of the same seeds.
     """
-    found = scipy.stats.ttest_rel(other, base)
-    low, high = found.confidence_interval(0.95)
-    mean = statistics.fmean(o - b for o, b in zip(other, base, strict=True))
-    return Interval(mean, float(low), float(high))
+    differences = [o - b for o, b in zip(other, base, strict=True)]
+    count = len(differences)
+    mean = statistics.fmean(differences)
+    standard_error = statistics.stdev(differences) / math.sqrt(count)
+    half = float(stdtrit(count - 1, 0.975)) * standard_error
+    return Interval(mean, mean - half, mean + half)
