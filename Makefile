@@ -6,6 +6,8 @@
 #   make lint    ruff and mypy
 #   make costs   what caution costs, by the TPU's compiler and on this machine's CPU
 #   make peers   times beside PyTorch's and timm's optimizers and transformers' Llama
+#   make study   train what the study still lacks (hours), and draw docs/results.md
+#   make results draw docs/results.md from the files in docs/results
 #   make sweep   the demo's comparison at four learning rates (a quarter of an hour)
 
 PYTHON ?= python3
@@ -35,6 +37,13 @@ mae: $(VENV)/.examples
 
 quadratic: $(VENV)/.examples
 	$(BIN)/python -m examples.quadratic
+
+study: $(VENV)/.examples
+	$(TRAIN) -m benchmarks.study run
+	@$(MAKE) --no-print-directory results
+
+results: $(VENV)/.examples
+	$(BIN)/python -m benchmarks.study draw
 
 # The TPU's compiler has an environment of its own: where it is installed, JAX looks for
 # a TPU whenever it starts.

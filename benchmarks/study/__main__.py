@@ -1,0 +1,43 @@
+"""The commands of the study: ``python -m benchmarks.study run`` and ``draw``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from benchmarks.study.page import draw
+from benchmarks.study.questions import QUESTIONS
+from benchmarks.study.run import answer
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+def run(
+    questions: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    results_dir: Path = RESULTS,
+    work_dir: Path = Path("outputs") / "study",
+) -> None:
+    """Train what is missing; the same command resumes after an interruption.
+
+    Args:
+        questions: their names. Not given: all.
+        results_dir: where each question has its CSV.
+        work_dir: where the runs are, as long as they are trained.
+    """
+    unknown = sorted({*questions} - {*QUESTIONS})
+    if unknown:
+        raise SystemExit(
+            f"error: there is no question {', '.join(unknown)}; choose from "
+            f"{', '.join(QUESTIONS)}"
+        )
+    results_dir.mkdir(parents=True, exist_ok=True)
+    for name in questions or QUESTIONS:
+        directory = work_dir / name
+        directory.mkdir(parents=True, exist_ok=True)
+        if not answer(QUESTIONS[name], results_dir / f"{name}.csv", directory):
+            print("Stopped. Run the same command to resume.")
+            return
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"run": run, "draw": draw})

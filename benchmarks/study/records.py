@@ -1,0 +1,75 @@
+"""The results of runs as CSV: a line for each evaluation of each run."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+from examples.training.history import Evaluation, History, Run, Side
+
+_FIRST = ("optimizer", "caution")
+_LAST = (
+    "seed",
+    "step",
+    "validation_loss",
+    "aligned_fraction",
+    "seconds_per_step",
+)
+
+
+def write(histories: Iterable[History], path: Path) -> None:
+    """Writes the runs in place of what the file holds.
+
+    A run that diverged has a last line without a loss, at the step where it did.
+    """
+    histories = list(histories)
+    names = list(dict.fromkeys(n for h in histories for n, _ in h.run.point))
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow((*_FIRST, *names, *_LAST))
+        for history in histories:
+            side, point, seed = history.run
+            values = dict(point)
+            run = (*side, *(values.get(name, "") for name in names), seed)
+            seconds = f"{history.seconds_per_step:.4g}" if history.seconds else ""
+            for step, loss, aligned in history.evaluations:
+                writer.writerow((*run, step, f"{loss:.6f}", f"{aligned:.4f}", seconds))
+            if history.diverged_at is not None:
+                writer.writerow((*run, history.diverged_at, "", "", seconds))
+    partial.replace(path)
+
+
+def read(path: Path) -> list[History]:
+    """Reads what ``write`` wrote; nothing where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    runs: dict[Run, list[dict[str, str]]] = {}
+    for row in rows:
+        side = Side(row["optimizer"], row["caution"] == "True")
+        names = [name for name in row if name not in (*_FIRST, *_LAST) and row[name]]
+        point = tuple((name, row[name]) for name in names)
+        runs.setdefault(Run(side, point, int(row["seed"])), []).append(row)
+    return [_history(run, of_run) for run, of_run in runs.items()]
+
+
+def _history(run: Run, rows: list[dict[str, str]]) -> History:
+    evaluations = [
+        Evaluation(
+            int(row["step"]),
+            float(row["validation_loss"]),
+            float(row["aligned_fraction"]),
+        )
+        for row in rows
+        if row["validation_loss"]
+    ]
+    diverged = [int(row["step"]) for row in rows if not row["validation_loss"]]
+    seconds = rows[-1]["seconds_per_step"]
+    return History(
+        run=run,
+        losses=(),
+        evaluations=tuple(evaluations),
+        seconds=(float(seconds),) if seconds else (),
+        diverged_at=diverged[0] if diverged else None,
+    )
