@@ -21,8 +21,8 @@ from tqdm import tqdm
 from benchmarks.steps import LEARNING_RATE, markdown_table
 from benchmarks.timing import Pair, take_turns
 from benchmarks.training_step import OPTIMIZERS, TrainStepper
-from examples.llama.export import to_config
 from examples.llama.task import PRESETS, LlamaTask
+from examples.llama.transformers_files import to_config
 
 
 class TorchStepper:
@@ -31,11 +31,12 @@ class TorchStepper:
     def __init__(self, task: LlamaTask, tokens: np.ndarray) -> None:
         """Makes the model, with random weights."""
         torch.manual_seed(0)
-        self.model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                **to_config(task, end=0), use_cache=False, attn_implementation="sdpa"
-            )
-        )
+        settings = {
+            **to_config(task.model, task.data.sequence_length, end=0),
+            "use_cache": False,
+            "attn_implementation": "sdpa",
+        }
+        self.model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
         )

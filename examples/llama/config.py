@@ -43,6 +43,8 @@ class ModelConfig:
     """Key/value heads, each shared by num_heads / num_kv_heads query heads."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rms_epsilon: float = 1e-6
+    """Added to the mean square by which the norms divide."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type computed in. Parameters, logits and loss are float32 always."""
     remat: bool = False
@@ -66,6 +68,7 @@ class ModelConfig:
             "num_heads",
             "num_kv_heads",
             "rope_theta",
+            "rms_epsilon",
             "unroll",
         ):
             require_positive(name, getattr(self, name))

@@ -5,6 +5,7 @@ K key/value heads, H features a head, F features in the feed-forward layer, L la
 vocabulary of V tokens, and a cache for S tokens.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +25,19 @@ from examples.training.modules import (
 from examples.training.sharding import BATCH, constrain
 
 _INIT = nnx.initializers.normal(0.02)
-RMS_EPSILON = 1e-6
+
+LAYOUT: Mapping[str, tuple[str | None, ...]] = {
+    "embedding": ("tensor", "fsdp"),  # [V, D]
+    "query": ("fsdp", "tensor"),  # [D, N H]
+    "key": ("fsdp", "tensor"),  # [D, K H]
+    "value": ("fsdp", "tensor"),  # [D, K H]
+    "output": ("tensor", "fsdp"),  # [N H, D]
+    "gate": ("fsdp", "tensor"),  # [D, F]
+    "up": ("fsdp", "tensor"),  # [D, F]
+    "down": ("tensor", "fsdp"),  # [F, D]
+}
+"""Axes of the mesh by which a body's parameters are split: heads, the features inside
+the feed-forward layer and the vocabulary over tensor."""
 
 
 class Cache(NamedTuple):
@@ -162,8 +175,8 @@ class Block(nnx.Module):
         return constrain(x, BATCH, None, None), cache
 
 
-class Llama(nnx.Module):
-    """The language model: embedding, blocks, norm, and an output layer of its own.
+class Body(nnx.Module):
+    """What a language model and a classifier share: embedding, blocks, norm.
 
     The parameters of all blocks are stacked along a leading axis, over which a scan
     runs, so that a block is compiled once however many there are.
@@ -177,12 +190,43 @@ class Llama(nnx.Module):
         make_blocks = nnx.vmap(partial(Block, config), axis_size=config.num_layers)
         self.blocks = make_blocks(rngs.split(config.num_layers))
         self.norm = _rms_norm(config, rngs)
-        self.logits = _linear(
-            config.hidden_size, config.vocab_size, config, rngs, jnp.float32
-        )
         self.dtype = jnp.dtype(config.dtype)
         self.remat = config.remat
         self.unroll = config.unroll
+
+    def features(
+        self, tokens: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Maps tokens, ``[B, T]``, to normalized features, ``[B, T, D]``.
+
+        With a cache, the tokens come after those in it, and are added to it.
+        """
+        graphdef, blocks = nnx.split(self.blocks)
+
+        def run_block(x: jax.Array, layer: Any) -> tuple[jax.Array, Cache | None]:
+            params, layer_cache = layer
+            return nnx.merge(graphdef, params)(x, layer_cache)
+
+        # In a scan nothing merges the two computations of a block anyway.
+        policy = None if self.remat else all_but_gathered
+        run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
+        # In float32, as the gradients of a frequent token are many to add up.
+        table = jnp.asarray(self.embedding.embedding[...])
+        table = constrain(table, "tensor", None)
+        x = constrain(table[tokens], BATCH, None, None).astype(self.dtype)
+        x, cache = jax.lax.scan(run_block, x, (blocks, cache), unroll=self.unroll)
+        return self.norm(x), cache
+
+
+class Llama(Body):
+    """The language model: its body, and an output layer of its own."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        """Draws every weight from ``rngs``, with a standard deviation of 0.02."""
+        super().__init__(config, rngs)
+        self.logits = _linear(
+            config.hidden_size, config.vocab_size, config, rngs, jnp.float32
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Scores every possible next token at every position.
@@ -213,27 +257,22 @@ class Llama(nnx.Module):
     def _run(
         self, tokens: jax.Array, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        graphdef, blocks = nnx.split(self.blocks)
-
-        def run_block(x: jax.Array, layer: Any) -> tuple[jax.Array, Cache | None]:
-            params, layer_cache = layer
-            return nnx.merge(graphdef, params)(x, layer_cache)
-
-        # In a scan nothing merges the two computations of a block anyway.
-        policy = None if self.remat else all_but_gathered
-        run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
-        # In float32, as the gradients of a frequent token are many to add up.
-        table = jnp.asarray(self.embedding.embedding[...])
-        table = constrain(table, "tensor", None)
-        x = constrain(table[tokens], BATCH, None, None).astype(self.dtype)
-        x, cache = jax.lax.scan(run_block, x, (blocks, cache), unroll=self.unroll)
-        logits = self.logits(self.norm(x))
-        return constrain(logits, BATCH, None, "tensor"), cache
+        features, cache = self.features(tokens, cache)
+        return constrain(self.logits(features), BATCH, None, "tensor"), cache
 
 
 def make_graphdef(config: ModelConfig) -> nnx.GraphDef[Llama]:
     """Makes the model without its parameters."""
     return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
+
+
+def divided_sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """Returns the sizes that each axis of the mesh has to divide, by setting."""
+    names = "num_heads", "num_kv_heads", "intermediate_size", "vocab_size"
+    return {
+        "fsdp": {"hidden_size": config.hidden_size},
+        "tensor": {name: getattr(config, name) for name in names},
+    }
 
 
 def flops_per_token(
@@ -284,7 +323,7 @@ def _rms_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """Root-mean-square norm over the features."""
     return nnx.RMSNorm(
         config.hidden_size,
-        epsilon=RMS_EPSILON,
+        epsilon=config.rms_epsilon,
         dtype=jnp.dtype(config.dtype),
         rngs=rngs,
     )

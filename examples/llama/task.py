@@ -14,14 +14,29 @@ from flax import nnx
 
 from examples.llama.config import MODELS, DataConfig, ModelConfig
 from examples.llama.data.load import load_data
-from examples.llama.model import Llama, flops_per_token, make_graphdef
-from examples.training.config import TrainConfig
+from examples.llama.model import (
+    LAYOUT,
+    Llama,
+    divided_sizes,
+    flops_per_token,
+    make_graphdef,
+)
+from examples.llama.transformers_files import load_huggingface, require_same_model
+from examples.training.checkpoint import (
+    CHECKPOINTS_NAME,
+    load_params,
+    require_weights,
+)
+from examples.training.checks import read_text, require
+from examples.training.config import TrainConfig, from_json
 from examples.training.experiment import Experiment
 from examples.training.optimizers import OptimizerConfig
+from examples.training.run_dir import CONFIG_NAME
 from examples.training.task import (
     Data,
     LoadData,
     LoadModels,
+    LossAlone,
     Params,
     count_parameters,
 )
@@ -33,7 +48,7 @@ def perplexity(loss: float) -> float:
 
 
 @dataclass(frozen=True)
-class LlamaTask:
+class LlamaTask(LossAlone):
     """Predict the next token."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -44,17 +59,8 @@ class LlamaTask:
     metrics: ClassVar[Mapping[str, Callable[[float], float]]] = {
         "perplexity": perplexity
     }
-    # Heads, the features inside the feed-forward layer and the vocabulary are split
-    # over tensor.
     layout: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
-        "embedding": ("tensor", "fsdp"),  # [V, D]
-        "query": ("fsdp", "tensor"),  # [D, N H]
-        "key": ("fsdp", "tensor"),  # [D, K H]
-        "value": ("fsdp", "tensor"),  # [D, K H]
-        "output": ("tensor", "fsdp"),  # [N H, D]
-        "gate": ("fsdp", "tensor"),  # [D, F]
-        "up": ("fsdp", "tensor"),  # [D, F]
-        "down": ("tensor", "fsdp"),  # [F, D]
+        **LAYOUT,
         "logits": ("fsdp", "tensor"),  # [D, V]
     }
     not_decayed: ClassVar[frozenset[str]] = frozenset({"scale", "embedding"})
@@ -73,11 +79,7 @@ class LlamaTask:
     @property
     def divided(self) -> Mapping[str, Mapping[str, int]]:
         """Sizes that must be divisible by each axis of the mesh."""
-        names = "num_heads", "num_kv_heads", "intermediate_size", "vocab_size"
-        return {
-            "fsdp": {"hidden_size": self.model.hidden_size},
-            "tensor": {name: getattr(self.model, name) for name in names},
-        }
+        return divided_sizes(self.model)
 
     def describe(self) -> str:
         """Describes a batch."""
@@ -111,7 +113,34 @@ class LlamaTask:
         )
         return losses.mean()
 
-    def load(self, seed: int, process: int, processes: int) -> Data:
+    def check_source(self, source: Path) -> None:
+        """Checks another run, or a Llama in Hugging Face's format."""
+        if (source / CHECKPOINTS_NAME).is_dir():
+            require_weights(source, jax.eval_shape(lambda: self.init(0)))
+            path = source / CONFIG_NAME
+            run = from_json(read_text("from", path), f"from: {path}", type(self))
+            require_same_model(source, run.task.model, self.model)
+            return
+        found = load_huggingface(source)
+        require_same_model(source, found.model, self.model)
+        tokenizer = self.data.tokenizer
+        require(
+            bool(tokenizer) and Path(tokenizer).resolve() == found.tokenizer.resolve(),
+            f"from: {source} has its own tokenizer; pass --tokenizer "
+            f"{found.tokenizer} --end-of-document '{found.end_of_document}'",
+        )
+
+    def start_from(self, source: Path, seed: int) -> Params:
+        """Loads the weights."""
+        if (source / CHECKPOINTS_NAME).is_dir():
+            return load_params(source, jax.eval_shape(lambda: self.init(0)))
+        params = load_huggingface(source).load_params()
+        require("logits" in params, f"from: {source} has no output layer")
+        return params
+
+    def load(
+        self, seed: int, process: int, processes: int, source: Path | None = None
+    ) -> Data:
         """Loads text files, or a Hugging Face dataset."""
         return load_data(self.data, self.model.vocab_size, seed, process, processes)
 

@@ -20,14 +20,15 @@ from examples.mae.model import (
     make_graphdef,
     mask_noise,
 )
+from examples.training.checkpoint import load_params, require_weights
 from examples.training.config import TrainConfig
 from examples.training.experiment import Experiment
 from examples.training.optimizers import OptimizerConfig
-from examples.training.task import Data, LoadData, LoadModels, Params
+from examples.training.task import Data, LoadData, LoadModels, LossAlone, Params
 
 
 @dataclass(frozen=True)
-class MAETask:
+class MAETask(LossAlone):
     """Predict the pixels that are hidden."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -111,7 +112,17 @@ class MAETask:
         model = nnx.merge(make_graphdef(self.model), params)
         return model(batch["image"], mask_noise(batch["seed"], self.model.patches))
 
-    def load(self, seed: int, process: int, processes: int) -> Data:
+    def check_source(self, source: Path) -> None:
+        """Checks another run of the same model."""
+        require_weights(source, jax.eval_shape(lambda: self.init(0)))
+
+    def start_from(self, source: Path, seed: int) -> Params:
+        """Loads the weights of that run."""
+        return load_params(source, jax.eval_shape(lambda: self.init(0)))
+
+    def load(
+        self, seed: int, process: int, processes: int, source: Path | None = None
+    ) -> Data:
         """Loads glyphs, files, or a Hugging Face dataset."""
         return load_data(self.data, self.model.image_size, seed, process, processes)
 

@@ -231,15 +231,12 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(found.step for found in names.find_all(directory.absolute()))
 
 
-def load_params(run_dir: Path, like: Params) -> Params:
-    """Reads the weights of another run to begin with.
+def require_weights(run_dir: Path, like: Params) -> int:
+    """Checks that a run has weights to begin with, and returns their step.
 
     Args:
         run_dir: its directory.
         like: names and shapes of the parameters.
-
-    Returns:
-        The parameters of its newest checkpoint, in the host's memory.
 
     Raises:
         InputError: where there is no checkpoint, or it is of another model.
@@ -257,8 +254,25 @@ def load_params(run_dir: Path, like: Params) -> Params:
             f"from: the run in {run_dir} is of another model: its {name} is {other}, "
             f"and here it is {size}",
         )
+    return steps[-1]
+
+
+def load_params(run_dir: Path, like: Params) -> Params:
+    """Reads the weights of another run to begin with.
+
+    Args:
+        run_dir: its directory.
+        like: names and shapes of the parameters.
+
+    Returns:
+        The parameters of its newest checkpoint, in the host's memory.
+
+    Raises:
+        InputError: where there is no checkpoint, or it is of another model.
+    """
+    step = require_weights(run_dir, like)
     try:
-        return restore_params(directory, steps[-1], like)
+        return restore_params(run_dir / CHECKPOINTS_NAME, step, like)
     except InputError as error:
         why = str(error).removeprefix("step: ")
         raise InputError(f"from: {why}") from error

@@ -114,8 +114,11 @@ def require_trainable(runs: Mapping[Run, TrainConfig[Any]], output_dir: Path) ->
     """
     for run, config in runs.items():
         make_engine(config)
-        if (output_dir / run.name).is_dir():
-            open_run(config, output_dir / run.name)
+        directory = output_dir / run.name
+        if directory.is_dir():
+            open_run(config, directory)
+        if config.from_run is not None and not is_loadable(directory):
+            config.task.check_source(config.from_run)
 
 
 def run_all(
@@ -166,7 +169,7 @@ class _Loader:
         self._data: Data | None = None
 
     def __call__(self, config: TrainConfig[Any]) -> Data:
-        key = config.task, config.seed
+        key = config.task, config.seed, config.from_run
         if self._data is None or key != self._key:
             self._key, self._data = key, load_run_data(config)
         return self._data

@@ -42,7 +42,8 @@ class TrainConfig(Generic[T]):
     """Seed of the initial weights and of the order of the data."""
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Begin with the weights of another run of the same model, by its directory: those
-    of its newest checkpoint. Steps, data and optimizer begin anew."""
+    of its newest checkpoint. Steps, data and optimizer begin anew. Some experiments
+    take models in other formats, too; their pages say which."""
 
     @property
     def learning_rate(self) -> float:

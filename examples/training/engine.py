@@ -1,7 +1,7 @@
 """The initial state and the compiled programs of a run."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -34,14 +34,18 @@ class Programs(NamedTuple):
 
 @dataclass(frozen=True)
 class Engine:
-    """A run's configuration, optimizer and mesh, and the programs they define.
+    """A run's configuration and mesh, and the optimizer and programs they define.
 
     Programs can be lowered for devices that are not attached.
     """
 
     config: TrainConfig[Any]
-    tx: optax.GradientTransformation
     mesh: Mesh
+
+    @cached_property
+    def tx(self) -> optax.GradientTransformation:
+        """The optimizer."""
+        return _make_tx(self.config)
 
     @cached_property
     def state_like(self) -> TrainState:
@@ -118,13 +122,23 @@ class Engine:
         with jax.set_mesh(self.mesh):
             return Programs(
                 train_step=self.lower_train_step(batch),
-                evaluate=jax.jit(evaluate).lower(like.params, validation),
+                evaluate=jax.jit(
+                    evaluate, out_shardings=NamedSharding(self.mesh, P())
+                ).lower(like.params, validation),
                 aligned_fraction=jax.jit(aligned_fraction).lower(like, batch),
             )
 
     def compile(self, batch: Batch, validation: Batch) -> Programs:
-        """Compiles all programs before the timed loop."""
-        return Programs(*[p.compile() for p in self.lower(batch, validation)])
+        """Compiles all programs before the timed loop.
+
+        Runs that differ in their seeds or first weights share them.
+        """
+        config = replace(self.config, seed=0, from_run=None)
+        leaves, tree = jax.tree.flatten((batch, validation))
+        like = tuple(
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves
+        )
+        return _compile(Engine(config, self.mesh), tree, like)
 
     @property
     def _layout(self) -> Any:
@@ -140,6 +154,14 @@ class Engine:
         )
 
 
+@lru_cache(maxsize=4)
+def _compile(
+    engine: Engine, tree: jax.tree_util.PyTreeDef, like: tuple[Any, ...]
+) -> Programs:
+    lowered = engine.lower(*jax.tree.unflatten(tree, like))
+    return Programs(*[program.compile() for program in lowered])
+
+
 def make_engine(config: TrainConfig[Any], devices: Any = None) -> Engine:
     """Makes the engine of a run.
 
@@ -152,7 +174,9 @@ def make_engine(config: TrainConfig[Any], devices: Any = None) -> Engine:
     """
     if config.optimizer.exempt:
         _require_parameters(config)
-    return Engine(config, _make_tx(config), make_mesh(config, devices))
+    engine = Engine(config, make_mesh(config, devices))
+    engine.tx  # noqa: B018 (so that settings that do not fit are refused here)
+    return engine
 
 
 def _require_parameters(config: TrainConfig[Any]) -> None:

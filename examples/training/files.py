@@ -1,7 +1,20 @@
 """Files to train on: which of a directory, and which to keep for validation."""
 
+import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+
+
+def standard_library() -> list[Path]:
+    """Lists the modules of Python's standard library, without its tests."""
+    return [
+        file
+        for file in sorted(STANDARD_LIBRARY.rglob("*.py"))
+        if not _NOT_LIBRARY.intersection(file.relative_to(STANDARD_LIBRARY).parts)
+    ]
 
 
 def files_below(directory: Path) -> list[Path]:

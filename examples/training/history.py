@@ -2,9 +2,10 @@
 
 import itertools
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -67,6 +68,9 @@ class History:
     """Mean time of a step, between each log write and the next."""
     diverged_at: int | None = None
     """The step at which the loss was not finite."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """What else was measured in the last evaluation, by name; none of a run that
+    diverged."""
     aligned_fractions: Mapping[str, np.ndarray] | None = None
     """Of each parameter at each evaluation, ``[evaluations]`` or ``[evaluations,
     L]``."""
@@ -107,6 +111,7 @@ def read_history(run: Run, directory: Path) -> History:
             r["seconds_per_step"] for r in records if "seconds_per_step" in r
         ),
         diverged_at=records[-1]["step"] if records[-1].get("diverged") else None,
+        scores={} if records[-1].get("diverged") else evaluated[-1].get("scores", {}),
         aligned_fractions={
             name: np.array([r["aligned_fractions"][name] for r in evaluated])
             for name in names
@@ -185,6 +190,29 @@ def base_of(group_: Group, groups: Mapping[tuple[Side, Point], Group]) -> Group 
         if side == Side(run.side.optimizer, False) and set(point) <= set(run.point):
             return seeds
     return None
+
+
+def short_paths(histories: Sequence[History]) -> list[History]:
+    """Writes the runs started from without the directory that all of them share."""
+    name = "from_run"
+    found = {dict(h.run.point)[name] for h in histories if name in dict(h.run.point)}
+    paths = {value: Path(value) for value in found}
+    try:
+        shared = os.path.commonpath([path.parent for path in paths.values()])
+    except ValueError:  # Absolute and relative ones, or none at all.
+        return list(histories)
+    short = {v: os.path.relpath(path, shared) for v, path in paths.items()}
+    if len({*short.values()}) < len(short):
+        return list(histories)
+    return [
+        replace(
+            h,
+            run=h.run._replace(
+                point=tuple((n, short.get(v, v)) for n, v in h.run.point)
+            ),
+        )
+        for h in histories
+    ]
 
 
 def write_point(point: Point) -> str:

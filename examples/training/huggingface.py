@@ -45,14 +45,14 @@ def name_of(source: str) -> str:
 
 
 def open_splits(
-    data: Sequence[str], splits: Mapping[str, str], column: Column
+    data: Sequence[str], splits: Mapping[str, str], *columns: Column
 ) -> list[Any]:
     """Opens the splits of a dataset.
 
     Args:
         data: the dataset, alone.
         splits: names of splits, by the setting that names each.
-        column: what each split has to have.
+        columns: what each split has to have.
 
     Returns:
         For each split, a ``datasets.IterableDataset``.
@@ -67,7 +67,7 @@ def open_splits(
     (source,) = data
     opened = _open_dataset(source)
     return [
-        _take_split(opened, source, setting, split, column)
+        _take_split(opened, source, setting, split, columns)
         for setting, split in splits.items()
     ]
 
@@ -87,7 +87,7 @@ def own_share(dataset: Any, source: str, process_index: int, process_count: int)
     Raises:
         InputError: where no rows are left for it.
     """
-    split_dataset_by_node = _import_datasets().distributed.split_dataset_by_node
+    split_dataset_by_node = import_datasets().distributed.split_dataset_by_node
     own = split_dataset_by_node(dataset, process_index, process_count)
     require(
         _first_row(own, source) is not None,
@@ -106,7 +106,8 @@ def read_rows(
             yield value
 
 
-def _import_datasets() -> Any:
+def import_datasets() -> Any:
+    """Imports the package datasets, or raises an ``InputError`` that says how."""
     try:
         import datasets
         import datasets.distributed
@@ -124,7 +125,7 @@ def _open_dataset(source: str) -> Any:
         f"data: {source} is one file, and validation takes another; make a directory "
         "with a file train.* and a file validation.*, and pass --data hf:DIRECTORY",
     )
-    datasets = _import_datasets()
+    datasets = import_datasets()
     name, _, subset = source.removeprefix(_HUGGING_FACE).partition(":")
     try:
         return datasets.load_dataset(name, subset or None, streaming=True)
@@ -133,7 +134,7 @@ def _open_dataset(source: str) -> Any:
 
 
 def _take_split(
-    splits: Any, source: str, setting: str, split: str, column: Column
+    splits: Any, source: str, setting: str, split: str, columns: Sequence[Column]
 ) -> Any:
     """Takes the split that the setting names, and checks its first row."""
     require(
@@ -143,13 +144,19 @@ def _take_split(
     )
     row = _first_row(splits[split], source)
     require(row is not None, f"{setting}: the split {split!r} of {source} is empty")
+    for column in columns:
+        require_column(row, column, source)
+    return splits[split]
+
+
+def require_column(row: Mapping[str, Any], column: Column, source: str) -> None:
+    """Raises an ``InputError`` for a row without a column of its kind."""
     name = column.name
     require(
         name in row and (row[name] is None or column.holds(row[name])),
         f"{column.setting}: {source} has no column {name!r} of {column.kind}; pass "
         f"{_option(column.setting)} and one of those it has: {', '.join(row)}",
     )
-    return splits[split]
 
 
 def _option(setting: str) -> str:

@@ -15,9 +15,10 @@ from examples.training.checks import require
 Record = dict[str, Any]
 """What is known of a step. ``step``, counted from one, ``loss``, ``grad_norm``,
 ``learning_rate`` and the task's metrics are there always; ``validation_loss``, its
-metrics, ``aligned_fraction`` and ``aligned_fractions`` (of each parameter, by layers
-where they are stacked) after an evaluation; ``seconds_per_step``, the speed in the
-task's units and ``mfu`` where the log is written. ``diverged`` ends a run."""
+metrics, ``aligned_fraction``, ``aligned_fractions`` (of each parameter, by layers where
+they are stacked) and the task's ``scores``, if any, after an evaluation;
+``seconds_per_step``, the speed in the task's units and ``mfu`` where the log is
+written. ``diverged`` ends a run."""
 
 FILE_NAME = "metrics.jsonl"
 
@@ -99,7 +100,9 @@ def read(directory: Path) -> list[Record]:
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
     """Lists the finite numbers of a record, those of each layer by its own name."""
     for name, value in record.items():
-        if name == "aligned_fractions":
+        if name == "scores":
+            yield from ((f"{name}/{score}", x) for score, x in value.items())
+        elif name == "aligned_fractions":
             for leaf, fraction in value.items():
                 if isinstance(fraction, list):
                     for layer, of_layer in enumerate(fraction):

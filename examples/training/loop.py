@@ -17,7 +17,6 @@ from examples.training import log
 from examples.training.checkpoint import (
     CHECKPOINTS_NAME,
     Checkpoints,
-    load_params,
     saved_steps,
     size,
 )
@@ -81,11 +80,14 @@ def training(
             count = config.keep + 2 + (shared not in (None, config.steps))
             require_space(run_dir, size(engine.state_like), count)
             directory = run_dir / CHECKPOINTS_NAME
+            begins = not saved_steps(directory)
+            if config.from_run is not None and begins:
+                config.task.check_source(config.from_run)
             if data is None:
-                data = load_run_data(config)
+                data = load_run_data(config, config.from_run if begins else run_dir)
             params = None
-            if config.from_run is not None and not saved_steps(directory):
-                params = load_params(config.from_run, engine.state_like.params)
+            if config.from_run is not None and begins:
+                params = config.task.start_from(config.from_run, config.seed)
                 require_same_files(config.from_run, data)
         require_same("data", data.fingerprint, *data.files.values())
         with together():
@@ -181,7 +183,8 @@ def _steps(
         records[-1].update(speed.measure(step))
         finite = all(np.isfinite(record["loss"]) for record in records)
         if finite and evaluating:
-            validation_loss = float(programs.evaluate(state.params, validation))
+            evaluated = jax.device_get(programs.evaluate(state.params, validation))
+            validation_loss = float(evaluated.loss)
             finite = bool(np.isfinite(validation_loss))
             first = jax.tree.map(lambda x: x[0], validation)
             records[-1].update(
@@ -192,6 +195,8 @@ def _steps(
                 },
                 **_aligned(programs.aligned_fraction(state, first)),
             )
+            if finite and (scores := task.scores(evaluated.outputs)):
+                records[-1]["scores"] = scores
         if not finite:
             yield _until_not_finite(records), state, False
             return
@@ -210,8 +215,12 @@ def is_over(records: list[log.Record], steps: int) -> bool:
     )
 
 
-def load_run_data(config: TrainConfig[Any]) -> Data:
+def load_run_data(config: TrainConfig[Any], source: Path | None = None) -> Data:
     """Loads what this process trains on.
+
+    Args:
+        config: the run.
+        source: what the data depend on: what the run starts from, or itself.
 
     Raises:
         InputError: for data that cannot be had or do not fit.
@@ -222,7 +231,9 @@ def load_run_data(config: TrainConfig[Any]) -> Data:
         f"batch_size ({config.task.data.batch_size}) does not divide among {count} "
         "processes: choose a multiple of their number",
     )
-    return config.task.load(config.seed, jax.process_index(), count)
+    return config.task.load(
+        config.seed, jax.process_index(), count, source or config.from_run
+    )
 
 
 def _record(

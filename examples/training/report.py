@@ -2,7 +2,7 @@
 
 import csv
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from examples.training.history import (
     mean_loss,
     paired_difference,
     pairs,
+    short_paths,
     speed_up,
     write_point,
 )
@@ -41,11 +42,13 @@ def table(
     """Writes the results of each side at each point, in Markdown."""
     groups = group(histories)
     names = list(dict.fromkeys(n for _, point in groups for n, _ in point))
+    scores = score_names(histories)
     header = (
         *(name.replace("_", " ") for name in names),
         "optimizer",
         "validation loss",
         *metrics,
+        *scores,
         "seconds a step",
         "aligned fraction",
         "ratio of steps",
@@ -55,12 +58,19 @@ def table(
         diverged = [h for h in seeds if h.diverged_at is not None]
         if diverged:
             steps = ", ".join(f"{h.diverged_at}" for h in diverged)
-            cells = [f"diverged at step {steps}", *[""] * (len(metrics) + 2)]
+            empty = [""] * (len(metrics) + len(scores) + 2)
+            cells = [f"diverged at step {steps}", *empty]
         else:
             losses = [h.final_loss for h in seeds]
             cells = [
                 _spread(losses, ".4f"),
                 *(_spread([f(x) for x in losses], ".2f") for f in metrics.values()),
+                *(
+                    _spread([h.scores[name] for h in seeds], ".4f")
+                    if name in seeds[0].scores
+                    else ""
+                    for name in scores
+                ),
                 f"{statistics.fmean(h.seconds_per_step for h in seeds):.3f}",
                 f"{statistics.fmean(h.aligned_fraction for h in seeds):.3f}",
             ]
@@ -71,6 +81,74 @@ def table(
             [*settings, side.title, *cells, _ratio(base, seeds) if base else ""]
         )
     return markdown_table(rows, header)
+
+
+def score_names(histories: Sequence[History]) -> list[str]:
+    """Lists the scores that were measured beside the loss."""
+    return list(dict.fromkeys(name for h in histories for name in h.scores))
+
+
+def score_differences(histories: Sequence[History]) -> str:
+    """Writes what caution, and each setting of two values, changes in the scores.
+
+    Everything else is equal, the seed too. Markdown; nothing where there is no score,
+    or one seed.
+    """
+    groups = group(histories)
+    rows = [
+        (what, where, name, *_score_interval(both))
+        for what, where, base, other in _score_pairs(groups)
+        for name in score_names(histories)
+        # Runs that diverged have no scores.
+        if len(
+            both := [
+                (b.scores[name], o.scores[name])
+                for b, o in _by_seed(base, other)
+                if name in b.scores and name in o.scores
+            ]
+        )
+        > 1
+    ]
+    header = "difference", "at", "score", "mean", "95 % interval", "seeds"
+    return markdown_table(rows, header) if rows else ""
+
+
+def _score_pairs(
+    groups: Mapping[tuple[Side, Point], Group],
+) -> Iterator[tuple[str, str, Group, Group]]:
+    """Lists groups that differ in one thing: what, all else, and the groups."""
+    for (side, point), seeds in groups.items():
+        base = base_of(seeds, groups) if side.caution else None
+        if base is not None:
+            what = f"{side.title} - {base[0].run.side.title}"
+            yield what, write_point(point), base, seeds
+    values: dict[str, dict[str, None]] = {}
+    for _, point in groups:
+        for name, value in point:
+            values.setdefault(name, {})[value] = None
+    for name, found in values.items():
+        if len(found) != 2:
+            continue
+        first, second = found
+        for (side, point), seeds in groups.items():
+            changed = tuple((n, second if n == name else value) for n, value in point)
+            if dict(point).get(name) == first and (side, changed) in groups:
+                where = [side.title, write_point(_without(point, name))]
+                what = f"{name.replace('_', ' ')} {second} - {first}"
+                yield what, ", ".join(where), seeds, groups[side, changed]
+
+
+def _without(point: Point, name: str) -> Point:
+    return tuple((n, value) for n, value in point if n != name)
+
+
+def _score_interval(
+    both: Sequence[tuple[float, float]],
+) -> tuple[str, str, str]:
+    base, other = zip(*both, strict=True)
+    mean, low, high = paired_difference(base, other)
+    zero = ", no difference seen" * (low <= 0 <= high)
+    return f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}{zero}", str(len(both))
 
 
 def verdicts(histories: Sequence[History]) -> list[str]:
@@ -180,6 +258,7 @@ def text(histories: Sequence[History], configs: Sequence[TrainConfig[Any]]) -> s
     steps = _any_of(config.steps for config in configs)
     batches = _any_of(task.describe() for task in _tasks(configs))
     seeds = sorted({history.run.seed for history in histories})
+    differences = score_differences(histories)
     several = "" if len(seeds) == 1 else "; of several seeds, the mean and the range"
     return "\n".join(
         [
@@ -192,6 +271,7 @@ def text(histories: Sequence[History], configs: Sequence[TrainConfig[Any]]) -> s
             "",
             *[f"- {verdict}" for verdict in verdicts(histories)],
             "",
+            *[differences, ""] * bool(differences),
         ]
     )
 
@@ -243,8 +323,9 @@ def write(
         The files, the report first.
     """
     files = [directory / TEXT_NAME, directory / "report.csv"]
-    files[0].write_text(text(histories, configs))
     write_csv(histories, files[1])
+    histories = short_paths(histories)
+    files[0].write_text(text(histories, configs))
     for name, plot in (
         ("report.png", plots.plot),
         ("aligned.png", plots.plot_aligned),

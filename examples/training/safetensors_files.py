@@ -5,10 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from safetensors.flax import load_file
 from safetensors.numpy import save_file
 
-from examples.training.checks import require
+from examples.training.checks import InputError, read_text, reason, require
 
 SHARD_BYTES = 5_000_000_000
 """What one file holds at most, unless it is a single tensor."""
@@ -79,3 +82,47 @@ def _file_names(count: int) -> Iterator[str]:
 def save_json(content: Any, path: Path) -> None:
     """Writes a file that people can read, too."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def load_tensors(setting: str, directory: Path) -> dict[str, np.ndarray]:
+    """Reads model.safetensors, or the files that its index lists, in float32.
+
+    Args:
+        setting: the setting that names the directory, for messages.
+        directory: where they are.
+
+    Raises:
+        InputError: where there are none, or they cannot be read.
+    """
+    index = directory / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        try:
+            listed = json.loads(read_text(setting, index))["weight_map"]
+            files = sorted({*listed.values()})
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"{setting}: {index} lists no files") from error
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        path = directory / file
+        require(
+            path.is_file(),
+            f"{setting}: there is no {path}; give a directory with a model in "
+            "safetensors files",
+        )
+        try:
+            # JAX has the type bfloat16, and NumPy has not.
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                loaded = load_file(path)
+        except Exception as error:  # The package raises errors of its own.
+            raise InputError(
+                f"{setting}: cannot read {path} ({reason(error)})"
+            ) from error
+        for name, tensor in loaded.items():
+            require(
+                jnp.issubdtype(tensor.dtype, jnp.floating),
+                f"{setting}: {name} in {path} is of {tensor.dtype}, not of a floating "
+                "type; give a model that is not quantized",
+            )
+            tensors[name] = np.asarray(tensor, np.float32)
+    return tensors

@@ -86,17 +86,29 @@ def make_train_step(
     return train_step
 
 
-def make_evaluate(task: Task, parts: int = 1) -> Callable[[Params, Batch], jax.Array]:
-    """Makes the function that computes the mean loss over ``[batches, B, ...]``."""
+class Evaluated(NamedTuple):
+    """What is measured on the validation batches."""
 
-    def evaluate(params: Params, batches: Batch) -> jax.Array:
-        def loss_of_batch(batch: Batch) -> jax.Array:
-            losses = jax.lax.map(
-                lambda part: task.loss(params, part), cut(batch, parts)
+    loss: jax.Array
+    """The mean over all batches."""
+    outputs: Any
+    """What ``Task.scores`` takes: a tree of arrays, ``[batches * B, ...]``."""
+
+
+def make_evaluate(task: Task, parts: int = 1) -> Callable[[Params, Batch], Evaluated]:
+    """Makes the function that evaluates ``[batches, B, ...]``."""
+
+    def evaluate(params: Params, batches: Batch) -> Evaluated:
+        def evaluate_batch(batch: Batch) -> tuple[jax.Array, Any]:
+            losses, outputs = jax.lax.map(
+                lambda part: task.evaluate(params, part), cut(batch, parts)
             )
-            return losses.mean()
+            return losses.mean(), outputs
 
-        return jax.lax.map(loss_of_batch, batches).mean()
+        losses, outputs = jax.lax.map(evaluate_batch, batches)
+        # [batches, parts, B / parts, ...]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), outputs)
+        return Evaluated(losses.mean(), flat)
 
     return evaluate
 

@@ -110,8 +110,49 @@ class Task(Protocol):
     def loss(self, params: Params, batch: Batch) -> jax.Array:
         """Computes the mean loss of a batch, a float32 scalar."""
 
-    def load(self, seed: int, process: int, processes: int) -> Data:
+    def evaluate(self, params: Params, batch: Batch) -> tuple[jax.Array, Any]:
+        """Computes the mean loss of a batch, and what ``scores`` needs of it.
+
+        The latter is a tree of arrays, ``[B, ...]``, or of none.
+        """
+
+    def scores(self, outputs: Any) -> dict[str, float]:
+        """Computes what is reported beside the loss, such as an accuracy, by name.
+
+        Args:
+            outputs: those of ``evaluate`` for all validation examples, as NumPy arrays,
+                ``[N, ...]``.
+        """
+
+    def check_source(self, source: Path) -> None:
+        """Checks what ``--from`` names: a run, or what else the task can read.
+
+        Raises:
+            InputError: where there is none, or it is of another model.
+        """
+
+    def start_from(self, source: Path, seed: int) -> Params:
+        """Loads the parameters to start from, into the host's memory.
+
+        Args:
+            source: what ``--from`` names.
+            seed: draws what the source does not have.
+
+        Raises:
+            InputError: where they cannot be read.
+        """
+
+    def load(
+        self, seed: int, process: int, processes: int, source: Path | None = None
+    ) -> Data:
         """Loads what a process trains on.
+
+        Args:
+            seed: decides the order.
+            process: which of the processes this is.
+            processes: how many share each batch.
+            source: what ``--from`` names, or the run itself if it resumes, for data
+                that depend on the model's files.
 
         Raises:
             InputError: for data that cannot be had or do not fit.
@@ -134,6 +175,18 @@ class Task(Protocol):
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
         """Returns the task with its layer scans unrolled by these factors."""
+
+
+class LossAlone:
+    """What tasks share that report nothing beside the loss."""
+
+    def evaluate(self: Any, params: Params, batch: Batch) -> tuple[jax.Array, Any]:
+        """Computes the mean loss of a batch."""
+        return self.loss(params, batch), ()
+
+    def scores(self, outputs: Any) -> dict[str, float]:
+        """Returns none."""
+        return {}
 
 
 def count_parameters(task: Task) -> int:

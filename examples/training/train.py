@@ -100,6 +100,8 @@ def summary(record: log.Record, task: Task) -> str:
     """Writes an evaluation as a line."""
     loss = record["validation_loss"]
     metrics = "".join(f"   {k} {f(loss):8.2f}" for k, f in task.metrics.items())
+    scores = record.get("scores", {})
+    metrics += "".join(f"   {name} {x:.4f}" for name, x in scores.items())
     return (
         f"step {record['step']:6d}   validation loss {loss:.4f}{metrics}   "
         f"aligned fraction {record['aligned_fraction']:.3f}"

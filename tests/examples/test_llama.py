@@ -281,7 +281,7 @@ def test_evaluation_is_the_mean_over_all_batches(parts):
     params, _ = initial_state()
     batches = random_tokens(12).reshape(3, 4, 17)
     expected = loss_fn(TASK, params, batches.reshape(12, 17))
-    loss = jax.jit(step.make_evaluate(TASK, parts))(params, batches)
+    loss = jax.jit(step.make_evaluate(TASK, parts))(params, batches).loss
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 

@@ -41,6 +41,7 @@ from examples.llama.data.tokenizer import encode, train_tokenizer
 from examples.llama.generate import Run, Sampling
 from examples.llama.model import make_graphdef
 from examples.llama.task import LlamaTask
+from examples.llama.transformers_files import to_tensors
 from examples.training.checkpoint import Checkpoints
 from examples.training.checks import InputError
 from examples.training.config import TrainConfig, to_json
@@ -178,7 +179,7 @@ def test_the_files(exported):
 
 
 def test_large_models_are_divided_among_files(run, tmp_path):
-    tensors = export.to_tensors(run.params)
+    tensors = to_tensors(run.params)
     limit = 20_000
     save_tensors(tensors, tmp_path, limit)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -230,7 +231,7 @@ def test_the_command(run, tokenizer, tmp_path, capsys):
     run_command("export", command)
     assert "step 7" in capsys.readouterr().out
     tensors = load_file(out / "model.safetensors")
-    for name, tensor in export.to_tensors(run.params).items():
+    for name, tensor in to_tensors(run.params).items():
         np.testing.assert_array_equal(tensors[name], tensor)
     with pytest.raises(SystemExit, match=r"^error: output_dir: .*out is not empty"):
         run_command("export", command)
@@ -293,7 +294,7 @@ def test_logits_of_transformers(
 def test_logits_of_a_model_in_several_files(transformers, run, exported, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).symlink_to(exported / name)
-    save_tensors(export.to_tensors(run.params), tmp_path, 20_000)
+    save_tensors(to_tensors(run.params), tmp_path, 20_000)
     whole = load_model(transformers, exported)
     divided = load_model(transformers, tmp_path)
     tokens = torch_tokens([[1, 2, 3]])

@@ -582,3 +582,22 @@ def test_the_seed_and_from_are_taken(config, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("Each optimizer is trained with caution and without it.")
     assert (tmp_path / "cautious-lion-learning_rate=0.001-seed5").is_dir()
+
+
+def test_runs_of_several_seeds_are_compiled_once(config, tmp_path, monkeypatch):
+    lowered = []
+    lower = Engine.lower
+
+    def counting(engine, *arrays):
+        lowered.append(engine.config.optimizer)
+        return lower(engine, *arrays)
+
+    monkeypatch.setattr(Engine, "lower", counting)
+    # A rate of its own, so that no other test has compiled it.
+    config = changed(config, optimizer={"learning_rate": 1.2e-3})
+    runs = compare.plan(("adamw",), {}, (0, 1), config)
+    assert compare.run_all(runs, (), tmp_path, together=False)
+    assert len(runs) == 4
+    assert len(lowered) == 2
+    ends = [log.read(tmp_path / run.name)[-1]["validation_loss"] for run in runs]
+    assert len(set(ends)) == 4

@@ -236,7 +236,7 @@ def test_a_second_program_is_kept_out_before_the_first_step(
 ):
     run_dir = tmp_path / "run"
 
-    def load(config):
+    def load(config, source):
         with pytest.raises(
             InputError, match=r"^run_dir: another program is training in"
         ):
@@ -542,7 +542,7 @@ def test_it_goes_on_where_the_other_is_gone(begun, begun_log, run, tmp_path):
     run.rename(gone)
     try:
         assert train(begun, run_dir) == begun_log
-        with pytest.raises(InputError, match=r"^from: there is no checkpoint in .*run"):
+        with pytest.raises(InputError, match=r"^from: .*run holds neither checkp"):
             next(training(begun, tmp_path / "new"))
     finally:
         gone.rename(run)

@@ -55,7 +55,7 @@ from examples.training.loop import training
 from examples.training.optimizers import OptimizerConfig
 from examples.training.processes import preemption
 from examples.training.run_dir import CONFIG_NAME, DATA_NAME
-from examples.training.step import TrainState
+from examples.training.step import Evaluated, TrainState
 from examples.training.task import count_parameters
 from tests.examples.training_fixtures import (
     MODEL,
@@ -864,7 +864,9 @@ def test_a_validation_loss_that_is_not_finite_is_divergence(
     compiled, losses = Engine.compile, iter([5.0, np.nan])
 
     def broken(*arguments):
-        return compiled(*arguments)._replace(evaluate=lambda *_: next(losses))
+        return compiled(*arguments)._replace(
+            evaluate=lambda *_: Evaluated(next(losses), ())
+        )
 
     monkeypatch.setattr(Engine, "compile", broken)
     run_dir = tmp_path / "run"

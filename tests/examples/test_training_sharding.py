@@ -352,10 +352,10 @@ def test_the_aligned_fraction_is_of_the_optimizer_without_decay(steps_taken):
     for weight_decay in (0.0, 10.0):
         plain = make_engine(with_optimizer("adamw"))
         decayed = changed(plain.config, optimizer={"weight_decay": weight_decay})
-        engine = replace(plain, config=decayed)
-        batch = engine.put_batch(walks()[0])
-        train_step, _, aligned_fraction = engine.compile(batch, batch[None])
-        state = engine.make_state()
+        batch = plain.put_batch(walks()[0])
+        train_step = plain.lower_train_step(batch).compile()
+        *_, aligned_fraction = make_engine(decayed).compile(batch, batch[None])
+        state = plain.make_state()
         for _ in range(steps_taken):
             state, _ = train_step(state, batch)
         found.append(float(aligned_fraction(state, batch).whole))
@@ -368,10 +368,11 @@ def test_the_aligned_fraction_is_measured_before_caution_acts():
     for weight in (0.0, -1.0):
         plain = make_engine(with_optimizer("cautious_adamw"))
         turned = changed(plain.config, optimizer={"opposed_weight": weight})
-        engine = replace(plain, config=turned)
-        batches = [engine.put_batch(batch) for batch in walks()[:3]]
-        train_step, _, aligned_fraction = engine.compile(batches[0], batches[0][None])
-        state = engine.make_state()
+        batches = [plain.put_batch(batch) for batch in walks()[:3]]
+        train_step = plain.lower_train_step(batches[0]).compile()
+        other = make_engine(turned)
+        *_, aligned_fraction = other.compile(batches[0], batches[0][None])
+        state = plain.make_state()
         for batch in batches[:2]:
             state, _ = train_step(state, batch)
         found.append(float(aligned_fraction(state, batches[2]).whole))
@@ -387,7 +388,7 @@ def test_an_evaluation_in_parts_is_that_of_the_whole(config):
         config.task.batch_like(),
     )
     whole, parts = (
-        jax.jit(step.make_evaluate(config.task, parts))(params, batches)
+        jax.jit(step.make_evaluate(config.task, parts))(params, batches).loss
         for parts in (1, 4)
     )
     assert float(parts) == pytest.approx(float(whole), rel=1e-5)

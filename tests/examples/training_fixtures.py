@@ -34,7 +34,13 @@ MODEL = ModelConfig(
     num_kv_heads=2,
 )
 
-_TIMES = {"seconds_per_step", "tokens_per_second", "pictures_per_second", "mfu"}
+_TIMES = {
+    "seconds_per_step",
+    "tokens_per_second",
+    "pictures_per_second",
+    "examples_per_second",
+    "mfu",
+}
 
 # Sends a signal to itself when a file of the run is touched: at the nth event of a kind
 # (see docs.python.org/3/library/audit_events.html) on a path that ends like this.

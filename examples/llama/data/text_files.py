@@ -7,7 +7,6 @@ Tokenizer and tokens are cached under a key made of everything they depend on.
 
 import hashlib
 import re
-import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,13 @@ from examples.llama.data.tokenizer import (
     train_tokenizer,
 )
 from examples.training.checks import require
-from examples.training.files import files_below, list_some, split_hashes
+from examples.training.files import (
+    files_below,
+    list_some,
+    split_hashes,
+    standard_library,
+)
 
-_NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 _DATA_FILE = re.compile(
     r"\.((jsonl|ndjson|parquet|arrow|csv|tsv)(\.(gz|bz2|xz|zst))?|json\.(gz|bz2|xz|zst))$",
     re.IGNORECASE,
@@ -121,7 +124,7 @@ def read_documents(paths: tuple[Path, ...]) -> list[str]:
     """
     documents: dict[str, None] = {}  # A set that keeps the order.
     skipped: list[Path] = []
-    files = list(_files(paths) if paths else _standard_library())
+    files = list(_files(paths) if paths else ((f, False) for f in standard_library()))
     for file, named in tqdm(files, "Reading", unit="file", leave=False):
         text = _read(file, named)
         if text is None:
@@ -146,14 +149,6 @@ def _read(file: Path, named: bool) -> str | None:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         require(not named, f"data: cannot read {file} ({reason})")
         return None
-
-
-def _standard_library() -> Iterator[tuple[Path, bool]]:
-    """Yields the modules of the standard library, but for its tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for file in sorted(root.rglob("*.py")):
-        if not _NOT_CORPUS.intersection(file.relative_to(root).parts):
-            yield file, False
 
 
 def _files(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
