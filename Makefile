@@ -2,6 +2,7 @@
 #
 #   make demo    train the same small Llama with AdamW and with cautious AdamW
 #   make mae     the same with a small masked autoencoder, on glyphs
+#   make glue    fine-tune the demo's models on two tasks, each with both, five seeds
 #   make test    run the tests, the docstrings' and the README's examples among them
 #   make lint    ruff and mypy
 #   make costs   what caution costs, by the TPU's compiler and on this machine's CPU
@@ -22,7 +23,11 @@ PYTEST := python -m pytest --numprocesses auto --dist loadfile
 # of 2 MB. Other systems ignore this.
 TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 
-.PHONY: demo sweep mae quadratic costs peers test test-library test-floor test-tpu test-parity \
+# The runs of the demo.
+PRETRAINED := outputs/llama/comparison
+DEMO := learning_rate=0.002-seed0
+
+.PHONY: demo sweep mae glue quadratic study results costs peers test test-library test-floor test-tpu test-parity \
   lint clean
 
 demo: $(VENV)/.examples
@@ -34,6 +39,15 @@ sweep: $(VENV)/.examples
 
 mae: $(VENV)/.examples
 	$(TRAIN) -m examples.mae compare
+
+# The demo's two models, fine-tuned with either optimizer.
+glue: $(VENV)/.examples
+	$(TRAIN) -m examples.llama compare
+	for task in package docstring; do \
+	  $(TRAIN) -m examples.glue compare --preset $$task --seeds 0 1 2 3 4 \
+	    --sweep from=$(PRETRAINED)/adamw-$(DEMO),$(PRETRAINED)/cautious-adamw-$(DEMO) \
+	    --output-dir outputs/glue/$$task || exit; \
+	done
 
 quadratic: $(VENV)/.examples
 	$(BIN)/python -m examples.quadratic
@@ -83,7 +97,7 @@ test-tpu:
 # What the examples export, in transformers and PyTorch.
 test-parity: $(VENV)/.examples $(VENV)/.test $(VENV)/.parity
 	$(BIN)/python -m pytest tests/examples/test_llama_export.py \
-	  tests/examples/test_mae_export.py
+	  tests/examples/test_mae_export.py tests/examples/test_glue_export.py
 
 lint: $(VENV)/.examples $(VENV)/.lint
 	$(BIN)/ruff check

@@ -1,0 +1,60 @@
+"""The command that writes a fine-tuned model in the format of Hugging Face.
+
+``python -m examples.glue export --run-dir DIR --output-dir OUT`` writes a directory
+from which ``transformers`` loads a ``LlamaForSequenceClassification`` and its
+tokenizer.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from examples.glue.data import TOKENIZER_NAME, read_labels
+from examples.glue.task import ClassificationTask
+from examples.llama.pretrained import read_vocabulary
+from examples.llama.transformers_files import save_tokenizer, to_config, to_tensors
+from examples.training.checks import make_directory, read_text
+from examples.training.safetensors_files import (
+    require_empty,
+    save_json,
+    save_tensors,
+)
+from examples.training.trained import Source, load_trained
+
+
+def export(source: Source, output_dir: Path) -> None:
+    """Write a model in the format of Hugging Face.
+
+    Texts are given to it as in training: the token before each document, the text, and
+    for a pair both once more; padded on the right with that token.
+
+    Args:
+        source: where the parameters come from.
+        output_dir: where the files go; a new directory, or an empty one.
+    """
+    require_empty(output_dir)
+    config, step, params = load_trained(source, ClassificationTask)
+    model = config.task.model
+    names, start_of_document = read_labels("run_dir", source.run_dir)
+    tokenizer = source.run_dir / TOKENIZER_NAME
+    vocabulary = read_vocabulary(tokenizer, start_of_document, model.vocab_size)
+    make_directory("output_dir", output_dir)
+    tensors = to_tensors(params)
+    tensors["score.weight"] = params["score"]["kernel"].T
+    save_tensors(tensors, output_dir)
+    length = config.task.data.sequence_length
+    head: dict[str, Any] = {
+        "architectures": ["LlamaForSequenceClassification"],
+        "pad_token_id": vocabulary.start,
+    }
+    if names:
+        head["id2label"] = {str(i): name for i, name in enumerate(names)}
+        head["label2id"] = {name: i for i, name in enumerate(names)}
+    else:
+        head |= {"num_labels": 1, "problem_type": "regression"}
+    save_json(
+        {**to_config(model, length, vocabulary.start), **head},
+        output_dir / "config.json",
+    )
+    text = read_text("run_dir", source.run_dir / TOKENIZER_NAME)
+    save_tokenizer(text, start_of_document, length, output_dir)
+    print(f"Wrote the model of step {step} to {output_dir}.")

@@ -1,0 +1,160 @@
+"""Rows of text and labels: from a file, a Hugging Face dataset, or made here."""
+
+import csv
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from examples.glue.config import DataConfig
+from examples.glue.standard_library import (
+    Row,
+    Rows,
+    docstring_rows,
+    package_rows,
+)
+from examples.training.checks import InputError, reason, require
+from examples.training.files import split_hashes
+from examples.training.huggingface import (
+    Column,
+    import_datasets,
+    is_streamed,
+    open_splits,
+    require_column,
+)
+
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+}
+
+
+def read_rows(config: DataConfig) -> Rows:
+    """Reads the rows that the configuration names.
+
+    Raises:
+        InputError: for rows that cannot be had, or have other columns.
+    """
+    if config.data:
+        rows = (_read_dataset if is_streamed(config.data) else _read_file)(config)
+        source = config.data[0]
+    else:
+        make = {"package": package_rows, "docstring": docstring_rows}[config.made]
+        rows, source = make(config.validation_fraction), "the standard library"
+    for use, side in zip(("train", "validate"), rows, strict=True):
+        require(
+            bool(side),
+            f"data: no rows to {use} on in {source}; give more, or another "
+            "--validation-fraction",
+        )
+    return rows
+
+
+def _columns(config: DataConfig) -> list[Column]:
+    texts = [
+        Column("text_columns", name, "text", lambda value: isinstance(value, str))
+        for name in config.text_columns
+    ]
+    label = Column(
+        "label_column",
+        config.label_column,
+        "labels",
+        lambda value: isinstance(value, str | int | float),
+    )
+    return [*texts, label]
+
+
+def _read_dataset(config: DataConfig) -> Rows:
+    """Reads two splits of a Hugging Face dataset whole."""
+    splits = {
+        "train_split": config.train_split,
+        "validation_split": config.validation_split,
+    }
+    opened = open_splits(config.data, splits, *_columns(config))
+    return Rows(*[_take(split, config) for split in opened])
+
+
+def _read_file(config: DataConfig) -> Rows:
+    """Reads a file, and splits its rows by the hash of their texts."""
+    (source,) = config.data
+    path = Path(source)
+    require(path.is_file(), f"data: there is no file {path}")
+    suffix = path.suffix.lower()
+    if suffix in _TABLES:
+        found: Iterable[Mapping[str, Any]] = _read_table(path, _TABLES[suffix])
+    else:
+        require(
+            suffix in _BUILDERS,
+            f"data: {path} is not one of {', '.join((*_TABLES, *_BUILDERS))}; for a "
+            "directory or a dataset pass --data hf:NAME",
+        )
+        found = _read_columns(path, _BUILDERS[suffix])
+    found = iter(found)
+    first = next(found, None)
+    if first is None:
+        raise InputError(f"data: {path} has no rows")
+    for column in _columns(config):
+        require_column(first, column, source)
+    by_hash: dict[bytes, list[Row]] = {}
+    for row in _take(itertools.chain([first], found), config):
+        key = hashlib.sha256("\0".join(row.texts).encode()).digest()
+        by_hash.setdefault(key, []).append(row)
+    require(
+        len(by_hash) > 1, f"data: {path} has one text only, and none to validate on"
+    )
+    sides = split_hashes(by_hash, config.validation_fraction)
+    return Rows(*[[row for key in side for row in by_hash[key]] for side in sides])
+
+
+def _read_table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
+    """Reads CSV, or TSV, in which a quotation mark is one. Every value is a text."""
+    # A table's cell may be a whole document.
+    csv.field_size_limit(2**31 - 1)
+    quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from csv.DictReader(
+                file, delimiter=delimiter, quoting=quoting, strict=True
+            )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"data: cannot read {path} ({reason(error)})") from error
+
+
+def _read_columns(path: Path, builder: str) -> Iterator[Mapping[str, Any]]:
+    """Reads what the package datasets reads."""
+    datasets = import_datasets()
+    try:
+        yield from datasets.load_dataset(builder, data_files=str(path), streaming=True)[
+            "train"
+        ]
+    except Exception as error:  # The packages below raise errors of many kinds.
+        raise InputError(f"data: cannot read {path} ({reason(error)})") from error
+
+
+def _take(rows: Iterable[Mapping[str, Any]], config: DataConfig) -> list[Row]:
+    """Takes texts and labels; a row in which one is missing is left out, and said."""
+    taken, left_out = [], 0
+    source = config.data[0]
+    try:
+        for row in tqdm(rows, "Reading", unit="row", leave=False):
+            found = (row.get(name) for name in config.text_columns)
+            texts = tuple(text for text in found if isinstance(text, str))
+            label = row.get(config.label_column)
+            if label in (None, "") or len(texts) < len(config.text_columns):
+                left_out += 1
+                continue
+            taken.append(Row(texts, str(label)))
+    except InputError:
+        raise
+    except Exception as error:  # The packages below raise errors of many kinds.
+        raise InputError(f"data: cannot read {source} ({reason(error)})") from error
+    if left_out and jax.process_index() == 0:
+        print(f"Left out {left_out} rows of {source} without a text or a label.")
+    return taken

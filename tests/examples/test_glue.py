@@ -1,0 +1,708 @@
+"""Fine-tuning on sentence tasks: its data, its scores, its start, and whole runs."""
+
+import ast
+import csv
+import json
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+for _module in ("grain", "orbax.checkpoint", "sklearn", "tokenizers", "tyro"):
+    pytest.importorskip(_module, reason="needs the extra [examples]")
+
+# ruff: noqa: E402
+
+import safetensors.flax
+from safetensors.numpy import load_file, save_file
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from examples.glue import standard_library
+from examples.glue.__main__ import COMMANDS
+from examples.glue.config import DataConfig, HeadConfig
+from examples.glue.data import label_names, make_examples, truncate
+from examples.glue.scores import scores
+from examples.glue.standard_library import Row, docstring_rows, package_rows
+from examples.glue.tables import read_rows
+from examples.glue.task import EXPERIMENT, PRESETS, ClassificationTask
+from examples.llama.config import DataConfig as LlamaDataConfig
+from examples.llama.export import export
+from examples.llama.pretrained import open_pretrained, read_vocabulary
+from examples.llama.task import LlamaTask
+from examples.training import command_line, history, log, step
+from examples.training.checks import InputError
+from examples.training.config import TrainConfig, to_json
+from examples.training.optimizers import OptimizerConfig
+from examples.training.trained import Source, load_trained
+from tests.examples.training_fixtures import (
+    MODEL,
+    run_command,
+    train,
+    write_documents,
+)
+
+pytestmark = pytest.mark.usefixtures("little_optimization")
+
+WORDS = ["the", "optimizer", "moves", "a", "weight", "along", "its", "gradient"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(little_optimization, tmp_path_factory):
+    """Two runs of the Llama, from different seeds."""
+    documents = write_documents(tmp_path_factory.mktemp("documents"))
+    data = LlamaDataConfig(
+        data=(str(documents),),
+        cache_dir=tmp_path_factory.mktemp("cache"),
+        sequence_length=16,
+        batch_size=8,
+        validation_batches=2,
+    )
+    config = TrainConfig(
+        LlamaTask(MODEL, data),
+        OptimizerConfig(learning_rate=1e-2),
+        steps=2,
+        log_every=2,
+        eval_every=2,
+        checkpoint_every=2,
+        mesh=(1, 1, 1),
+    )
+    runs = [tmp_path_factory.mktemp("runs") / f"run{seed}" for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        train(replace(config, seed=seed), run)
+    return runs
+
+
+def write_table(path, rows, header=("text", "label")):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def some_rows(count=60):
+    """Texts that begin with one of three words, which is the label."""
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        first = WORDS[i % 3]
+        yield f"{first} {' '.join(generator.choice(WORDS, 6))} {i}", first
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return write_table(tmp_path_factory.mktemp("table") / "rows.csv", some_rows())
+
+
+def glue_config(pretrained, table, **data):
+    return TrainConfig(
+        ClassificationTask(
+            MODEL,
+            HeadConfig(3),
+            DataConfig(data=(str(table),), sequence_length=16, batch_size=8, **data),
+        ),
+        OptimizerConfig(learning_rate=1e-2),
+        steps=4,
+        log_every=2,
+        eval_every=2,
+        checkpoint_every=2,
+        mesh=(1, 1, 1),
+        from_run=pretrained[0],
+    )
+
+
+@pytest.fixture(scope="module")
+def vocabulary(pretrained):
+    found = open_pretrained(pretrained[0])
+    return read_vocabulary(
+        found.tokenizer, found.start_of_document, found.model.vocab_size
+    )
+
+
+def run_glue(name, *arguments):
+    arguments = [name, *map(str, arguments)]
+    return command_line.main("python -m examples.glue", EXPERIMENT, COMMANDS, arguments)
+
+
+# The tasks made of the standard library
+
+
+def test_no_module_is_both_trained_and_validated_on(monkeypatch):
+    sides = []
+    split = standard_library._split
+
+    def recording(modules, fraction):
+        sides.append(split(modules, fraction))
+        return sides[-1]
+
+    monkeypatch.setattr(standard_library, "_split", recording)
+    rows = package_rows(0.2)
+    assert len(sides) == 8
+    for train_modules, validation_modules in sides:
+        assert train_modules
+        assert validation_modules
+        assert not {*train_modules.values()} & {*validation_modules.values()}
+    for side in rows:
+        counts = {label: 0 for label in standard_library._PACKAGES}
+        for row in side:
+            counts[row.label] += 1
+        assert min(counts.values()) >= 10
+    assert not {*rows.train} & {*rows.validation}
+    assert not any(
+        re.search(r"^\s*(import|from) ", row.texts[0], re.MULTILINE)
+        for side in rows
+        for row in side
+    )
+
+
+def test_half_of_the_docstrings_are_exchanged():
+    for side in docstring_rows(0.2):
+        own = {row.texts for row in side if row.label == "own"}
+        other = {row.texts for row in side if row.label != "own"}
+        assert len(own) == len(other) > 100
+        assert not own & other
+        # Neither a docstring nor a function alone says which it is.
+        for i in (0, 1):
+            assert {texts[i] for texts in own} == {texts[i] for texts in other}
+        for docstring, code in own:
+            (function,) = ast.parse(code).body
+            assert ast.get_docstring(function) != docstring
+
+
+# Examples
+
+
+def test_an_example_is_written_as_in_pretraining(vocabulary):
+    config = DataConfig(sequence_length=16)
+    (a,), (b,) = vocabulary.tokenize(["the weight"]), vocabulary.tokenize(["moves"])
+    end = vocabulary.start
+    long = "the weight " * 9
+    texts = [("the weight", "moves"), ("moves", ""), (long, "moves")]
+    rows = [Row(pair, label) for pair, label in zip(texts, "100")]
+    examples, cut = make_examples(rows, ["0", "1"], vocabulary, config)
+    line = [end, *a, end, *b]
+    assert len(line) <= 16
+    assert cut == 1
+    assert examples["last"][2] == 15
+    np.testing.assert_array_equal(examples["tokens"][0, : len(line)], line)
+    assert examples["last"][0] == len(line) - 1
+    assert (examples["tokens"][0, len(line) :] == end).all()
+    assert examples["last"][1] == len(b)
+    assert examples["label"].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room", "kept"),
+    [
+        ([3], 5, [3]),
+        ([7], 5, [5]),
+        ([3, 4], 7, [3, 4]),
+        ([3, 9], 7, [3, 4]),
+        ([9, 3], 7, [4, 3]),
+        ([9, 9], 7, [3, 4]),
+        ([0, 9], 7, [0, 7]),
+    ],
+)
+def test_the_longer_text_is_cut(sizes, room, kept):
+    parts = [np.zeros(size) for size in sizes]
+    assert truncate(parts, room) == kept
+
+
+def test_numbers_are_labels_in_their_order():
+    rows = [Row(("",), label) for label in ("10", "9", "-1", "9")]
+    assert label_names(rows, HeadConfig(3)) == ["-1", "9", "10"]
+    assert label_names(rows, HeadConfig(1)) == []
+
+
+def test_the_loss_is_the_mean_over_all_examples(pretrained, table):
+    config = glue_config(pretrained, table)
+    task = config.task
+    data = task.load(0, 0, 1, config.from_run)
+    params = task.start_from(config.from_run, 0)
+    count = int((data.validation["weight"] > 0).sum())
+    assert count % 8  # The last batch is filled up.
+    for parts in (1, 2):
+        loss, outputs = jax.jit(step.make_evaluate(task, parts))(
+            params, data.validation
+        )
+        there = np.asarray(outputs["weight"]) > 0
+        assert there.sum() == count
+        logits = np.asarray(outputs["logits"], np.float64)[there]
+        label = np.asarray(outputs["label"])[there]
+        normalized = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = -normalized[np.arange(count), label].mean()
+        assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_follows_the_last_token_has_no_effect(pretrained, table):
+    config = glue_config(pretrained, table)
+    task = config.task
+    batch = next(iter(task.load(0, 0, 1, config.from_run).train))
+    params = task.start_from(config.from_run, 0)
+    _, outputs = task.evaluate(params, batch)
+    position = np.arange(16)
+    after = position > batch["last"][:, None]
+    assert after.any()
+    changed = {**batch, "tokens": np.where(after, 7, batch["tokens"])}
+    _, other = task.evaluate(params, changed)
+    np.testing.assert_array_equal(outputs["logits"], other["logits"])
+
+
+# Scores
+
+
+def test_scores():
+    logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0], [0.0, 1.0]])
+    labels = np.array([0, 1, 0, 1, 1])
+    found = scores(("accuracy", "f1", "matthews"), logits, labels)
+    chosen = [0, 1, 1, 0, 1]
+    assert found["accuracy"] == pytest.approx(3 / 5)
+    assert found["f1"] == pytest.approx(2 / 3) == f1_score(labels, chosen)
+    assert found["matthews"] == pytest.approx(matthews_corrcoef(labels, chosen))
+    numbers = np.array([[1.0], [2.0], [4.0]])
+    found = scores(("pearson", "spearman"), numbers, np.array([1.0, 5.0, 6.0]))
+    assert found["spearman"] == pytest.approx(1)
+    assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 4], [1, 5, 6])[0, 1])
+
+
+def test_a_score_of_what_does_not_vary_is_zero():
+    constant = np.zeros((3, 1))
+    found = scores(("pearson", "spearman"), constant, np.array([1.0, 2.0, 3.0]))
+    assert found == {"pearson": 0.0, "spearman": 0.0}
+
+
+# The start
+
+
+def test_the_body_is_the_pretrained_one_and_the_head_is_drawn(pretrained, table):
+    task = glue_config(pretrained, table).task
+    body = load_trained(Source(pretrained[0]), LlamaTask).params
+    first, second = (task.start_from(pretrained[0], seed) for seed in (0, 1))
+    assert first.keys() == {*body} - {"logits"} | {"score"}
+    for name in {*body} - {"logits"}:
+        jax.tree.map(np.testing.assert_array_equal, first[name], body[name])
+        jax.tree.map(np.testing.assert_array_equal, second[name], body[name])
+    assert (first["score"]["kernel"] != second["score"]["kernel"]).all()
+
+
+def test_a_llama_in_the_format_of_hugging_face(pretrained, table, tmp_path):
+    directory = tmp_path / "exported"
+    export(Source(pretrained[0]), directory)
+    found, run = open_pretrained(directory), open_pretrained(pretrained[0])
+    assert replace(found.model, unroll=run.model.unroll) == run.model
+    assert found.end_of_document == run.end_of_document
+    jax.tree.map(np.testing.assert_array_equal, found.load_params(), run.load_params())
+    config = glue_config([directory], table)
+    records = train(config, tmp_path / "run")
+    assert records == train(glue_config(pretrained, table), tmp_path / "same")
+
+
+def test_the_llama_goes_on_from_hugging_faces_format(pretrained, tmp_path):
+    directory = tmp_path / "exported"
+    export(Source(pretrained[0]), directory)
+    config = load_trained(Source(pretrained[0]), LlamaTask).config
+    task = config.task
+    with pytest.raises(InputError, match=r"from: .* pass --tokenizer .*tokenizer.json"):
+        task.check_source(directory)
+    data = replace(task.data, tokenizer=str(directory / "tokenizer.json"))
+    again = replace(config, task=replace(task, data=data), from_run=directory, seed=3)
+    train(again, tmp_path / "run")
+    params = again.task.start_from(directory, 0)
+    body = load_trained(Source(pretrained[0]), LlamaTask).params
+    jax.tree.map(np.testing.assert_array_equal, params, body)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "differs from the Llama here in model_type"),
+        ({"attention_bias": True}, "differs from the Llama here in attention_bias"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "scales its rotary frequencies"),
+        ({"head_dim": 16}, "has a head_dim that is not"),
+        ({"hidden_size": None}, "is not that of a Llama"),
+        ({"quantization_config": {"load_in_8bit": True}}, "in quantization_config"),
+        ({"rope_parameters": {"type": "linear"}}, "scales its rotary frequencies"),
+        ({"rope_parameters": {"factor": 4.0}}, "scales its rotary frequencies"),
+        ({"rope_scaling": "linear"}, "is not that of a Llama"),
+        ({"eos_token_id": None}, "has the eos_token_id None, which is no token"),
+        ({"eos_token_id": 10_000}, "has the eos_token_id 10000, which is no token"),
+        ({"eos_token_id": []}, "is not that of a Llama"),
+        ({"bos_token_id": "<s>"}, "has the bos_token_id <s>, which is no token"),
+    ],
+)
+def test_other_models_are_refused(changes, message, pretrained, tmp_path):
+    directory = tmp_path / "exported"
+    export(Source(pretrained[0]), directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError, match=f"from: .*{message}"):
+        open_pretrained(directory)
+
+
+def test_tensors_that_are_missing_or_of_another_size(pretrained, tmp_path):
+    directory = tmp_path / "exported"
+    export(Source(pretrained[0]), directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(InputError, match=r"there is no tensor model.layers.2"):
+        open_pretrained(directory).load_params()
+    path.write_text(json.dumps({**config, "vocab_size": 305}))
+    with pytest.raises(InputError, match=r"embed_tokens.weight in .* is \(304, 32\)"):
+        open_pretrained(directory).load_params()
+    path.write_text(json.dumps(config))
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    for changes, message in (
+        ({f"{name}.bias": np.zeros(32, np.float32)}, f"not: {name}.bias"),
+        ({f"{name}.weight": np.zeros((32, 32), np.int8)}, "is of int8, not of a float"),
+    ):
+        save_file({**tensors, **changes}, directory / "model.safetensors")
+        with pytest.raises(InputError, match=message):
+            open_pretrained(directory).load_params()
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"there is no .*model.safetensors"):
+        open_pretrained(directory).load_params()
+    for text in ("{", "[]", "{}"):
+        (directory / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(InputError, match=r"index.json lists no files"):
+            open_pretrained(directory).load_params()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_transformers_writes(tied, dtype, pretrained, tmp_path):
+    """Several files, bfloat16, tied embeddings, and other constants than here."""
+    directory = tmp_path / "exported"
+    export(Source(pretrained[0]), directory)
+    expected = open_pretrained(pretrained[0]).load_params()
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
+    config |= {"rms_norm_eps": 1e-3, "tie_word_embeddings": tied}
+    path.write_text(json.dumps(config))
+    tensors = {
+        name: jnp.asarray(x, dtype)
+        for name, x in load_file(directory / "model.safetensors").items()
+        if not (tied and name == "lm_head.weight")
+    }
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {name: f"{i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in {*files.values()}:
+        own = {name: tensors[name] for name in names if files[name] == file}
+        safetensors.flax.save_file(own, directory / file)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    found = open_pretrained(directory)
+    assert (found.model.rope_theta, found.model.rms_epsilon) == (500.0, 1e-3)
+    params = found.load_params()
+    if tied:
+        expected["logits"] = {"kernel": expected["embedding"]["embedding"].T}
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(
+            x, np.asarray(jnp.asarray(y, dtype), np.float32)
+        ),
+        params,
+        expected,
+    )
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "data", "message"),
+    [
+        (
+            ("texts", "label"),
+            some_rows,
+            {},
+            "text_columns: .* no column 'text' of text",
+        ),
+        (
+            ("text", "labels"),
+            some_rows,
+            {},
+            "label_column: .* no column 'label' of lab",
+        ),
+        (("text", "label"), lambda: [], {}, "has no rows"),
+        (("text", "label"), lambda: [("a", "b")], {}, "has one text only"),
+        (
+            ("text", "label"),
+            lambda: [(f"text {i}", f"{i % 4}") for i in range(40)],
+            {},
+            "num_labels is 3, and the training data have 4: 0, 1, 2, 3; pass --num-la",
+        ),
+        (
+            ("text", "label"),
+            lambda: list(some_rows(9)),
+            {},
+            "examples to train on, too few for a batch of 8",
+        ),
+    ],
+)
+def test_tables_that_do_not_fit(header, rows, data, message, pretrained, tmp_path):
+    path = write_table(tmp_path / "rows.csv", rows(), header)
+    config = glue_config(pretrained, path, **data)
+    with pytest.raises(InputError, match=message):
+        config.task.load(0, 0, 1, config.from_run)
+
+
+def test_a_label_that_the_model_has_not_seen(vocabulary):
+    with pytest.raises(InputError, match="have the label 'c', and the training data "):
+        make_examples([Row(("a",), "c")], ["a", "b"], vocabulary, DataConfig())
+    with pytest.raises(InputError, match="'c' is no number; pass --num-labels"):
+        make_examples([Row(("a",), "c")], [], vocabulary, DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("rows.xlsx", "is not one of .csv"), ("absent.csv", "there is no file")],
+)
+def test_files_that_are_no_tables(name, message, pretrained, tmp_path):
+    (tmp_path / "rows.xlsx").write_text("")
+    config = glue_config(pretrained, tmp_path / name)
+    with pytest.raises(InputError, match=f"data: .*{message}"):
+        config.task.load(0, 0, 1, config.from_run)
+
+
+@pytest.mark.parametrize(
+    ("labels", "metrics", "message"),
+    [
+        (1, ("accuracy",), "accuracy cannot be computed of numbers"),
+        (2, ("pearson",), "pearson cannot be computed of classes"),
+        (3, ("f1",), "f1 is of two classes, and num_labels is 3"),
+    ],
+)
+def test_scores_that_do_not_fit(labels, metrics, message):
+    with pytest.raises(InputError, match=message):
+        ClassificationTask(head=HeadConfig(labels), data=DataConfig(metrics=metrics))
+
+
+def test_a_body_of_another_width(pretrained, table, tmp_path):
+    config = glue_config(pretrained, table)
+    wide = replace(MODEL, hidden_size=64, num_layers=3)
+    config = replace(config, task=replace(config.task, model=wide))
+    with pytest.raises(
+        InputError,
+        match="is a model of other sizes; pass --hidden-size 32 --num-layers 2",
+    ):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_pretrained_model(pretrained, table, tmp_path):
+    config = replace(glue_config(pretrained, table), from_run=None)
+    with pytest.raises(InputError, match="from: give the pretrained Llama"):
+        train(config, tmp_path / "run")
+    config = replace(config, from_run=tmp_path)
+    with pytest.raises(InputError, match="holds neither checkpoints of a run nor a c"):
+        train(config, tmp_path / "run")
+
+
+# Data in other forms
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_table_in_any_format(suffix, pretrained, table, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
+    path = tmp_path / f"rows.{suffix}"
+    whole = datasets.Dataset.from_dict(
+        dict(zip(("text", "label"), map(list, zip(*some_rows()))))
+    )
+    write = {
+        "csv": whole.to_csv,
+        "tsv": lambda path: whole.to_csv(path, sep="\t"),
+        "jsonl": whole.to_json,
+        "parquet": whole.to_parquet,
+    }[suffix]
+    write(path)
+    config = glue_config(pretrained, path)
+    data = config.task.load(0, 0, 1, config.from_run)
+    expected = glue_config(pretrained, table).task.load(0, 0, 1, pretrained[0])
+    assert data.fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize("name", ["mrpc", "stsb", "mnli"])
+def test_a_local_copy_of_glue(name, pretrained, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
+    preset = PRESETS[name]
+    columns = preset.task.data.text_columns
+    for split in ("train", preset.task.data.validation_split):
+        rows = list(some_rows(24))
+        labels = [i % max(preset.task.head.num_labels, 2) for i in range(24)]
+        if name == "stsb":
+            labels = [label + 0.5 for label in labels]
+        datasets.Dataset.from_dict(
+            {**{column: [text for text, _ in rows] for column in columns}}
+            | {"label": labels, "idx": list(range(24))}
+        ).to_parquet(tmp_path / f"{split}.parquet")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: "
+        + name
+        + "\n  data_files:\n"
+        + "".join(
+            f"  - split: {split}\n    path: {split}.parquet\n"
+            for split in ("train", preset.task.data.validation_split)
+        )
+        + "---\n"
+    )
+    task = replace(
+        preset.task,
+        model=MODEL,
+        data=replace(
+            preset.task.data,
+            data=(f"hf:{tmp_path}:{name}",),
+            sequence_length=16,
+            batch_size=8,
+        ),
+    )
+    config = replace(
+        preset,
+        task=task,
+        optimizer=replace(preset.optimizer, learning_rate=1e-3),
+        steps=2,
+        eval_every=2,
+        checkpoint_every=2,
+        mesh=(1, 1, 1),
+        from_run=pretrained[0],
+    )
+    records = train(config, tmp_path / "run")
+    assert records[-1]["scores"].keys() == {*preset.task.data.metrics}
+
+
+def test_the_steps_of_glue_are_its_epochs():
+    assert PRESETS["mrpc"].steps == 5 * 115
+    assert PRESETS["mnli"].steps == 3 * 12272
+    assert PRESETS["stsb"].task.head.num_labels == 1
+
+
+# Runs
+
+
+def test_it_learns_the_first_word(pretrained, table, tmp_path):
+    config = replace(glue_config(pretrained, table), steps=120)
+    records = train(config, tmp_path / "run")
+    assert records[-1]["scores"]["accuracy"] > 0.9
+
+
+def test_a_run_on_a_mesh_goes_on_exactly(pretrained, table, tmp_path):
+    config = glue_config(pretrained, table)
+    alone = train(config, tmp_path / "alone")
+    on_mesh = replace(config, mesh=(2, 2, 2))
+    whole = train(on_mesh, tmp_path / "whole")
+    assert [r["loss"] for r in whole] == pytest.approx(
+        [r["loss"] for r in alone], rel=1e-4
+    )
+    first = train(on_mesh, tmp_path / "run", stop=lambda step: step == 3)
+    assert len(first) == 3
+    # Neither the pretrained model nor its directory is needed any more.
+    gone = pretrained[0].with_name("gone")
+    pretrained[0].rename(gone)
+    try:
+        assert train(on_mesh, tmp_path / "run") == whole
+    finally:
+        gone.rename(pretrained[0])
+
+
+def test_from_one_task_to_the_next(pretrained, table, tmp_path):
+    config = glue_config(pretrained, table)
+    train(config, tmp_path / "first")
+    fine_tuned = load_trained(Source(tmp_path / "first"), ClassificationTask).params
+    again = replace(config, from_run=tmp_path / "first", seed=1)
+    params = again.task.start_from(tmp_path / "first", 1)
+    jax.tree.map(np.testing.assert_array_equal, params["blocks"], fine_tuned["blocks"])
+    assert (params["score"]["kernel"] != fine_tuned["score"]["kernel"]).all()
+    assert train(again, tmp_path / "second")[-1]["step"] == 4
+
+
+def test_a_table_is_read_as_it_is_written(vocabulary, pretrained, tmp_path):
+    path = tmp_path / "rows.csv"
+    rows = [("null", "None"), ("12", "1"), ('"quoted", and', "NA"), ("x", "")]
+    write_table(path, [*rows, *((f"{i}", "1") for i in range(5))])
+    config = glue_config(pretrained, path).task.data
+    read = [row for side in read_rows(config) for row in side]
+    assert {(row.texts[0], row.label) for row in read} >= {*rows[:3]}
+    assert len(read) == 8
+    tabs = tmp_path / "rows.tsv"
+    lines = [f'"{i}\t{i % 2}' for i in range(9)]
+    tabs.write_text("\n".join(["text\tlabel", *lines]))
+    read = [r for side in read_rows(replace(config, data=(str(tabs),))) for r in side]
+    assert {row.texts[0] for row in read} == {f'"{i}' for i in range(9)}
+
+
+def test_a_run_that_diverged_has_no_scores(pretrained, table, tmp_path):
+    config = replace(glue_config(pretrained, table), eval_every=1, checkpoint_every=4)
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    run_glue(
+        "compare",
+        *("--config-file", file, "--output-dir", tmp_path / "out", "--seeds", 0, 1),
+        *("--optimizers", "sgd", "--sweep", "learning_rate=1e-2,1e30"),
+    )
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "diverged at step" in report
+    differences = [line for line in report.splitlines() if "cautious SGD - SGD" in line]
+    assert len(differences) == 1
+    assert "learning rate 0.01" in differences[0]
+
+
+def test_paths_are_shortened_for_reading_only():
+    def run(path):
+        point = (("from_run", path), ("learning_rate", "0.1"))
+        return history.History(
+            history.Run(history.Side("adamw", False), point, 0), (), (), ()
+        )
+
+    def short(*paths):
+        return [
+            dict(h.run.point)["from_run"]
+            for h in history.short_paths([run(path) for path in paths])
+        ]
+
+    assert short("/a/b/c", "/a/b/d") == ["c", "d"]
+    assert short("mine", "outputs/mine") == ["mine", "outputs/mine"]
+    assert short("/a/b", "c/d") == ["/a/b", "c/d"]
+    assert short("a/x", "b/x") == ["a/x", "b/x"]
+    assert short("a/x", "a/x/") == ["a/x", "a/x/"]
+
+
+def test_compare_two_pretrained_models(pretrained, table, tmp_path):
+    config = glue_config(pretrained, table)
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    out = tmp_path / "out"
+    run_glue(
+        "compare",
+        *("--config-file", file, "--output-dir", out, "--seeds", 0, 1),
+        *("--sweep", f"from={pretrained[0]},{pretrained[1]}"),
+    )
+    report = (out / "report.md").read_text()
+    rows = [line for line in report.splitlines() if "| accuracy" in line]
+    assert "accuracy" in report.splitlines()[2]
+    differences = [row for row in rows if " - " in row]
+    # Caution at either start, and the other start with either optimizer.
+    assert len(differences) == 4
+    assert sum("cautious AdamW - AdamW" in row for row in differences) == 2
+    assert all(re.search(r"[+-]\d\.\d{4} to [+-]\d\.\d{4}", row) for row in differences)
+
+
+def test_the_accuracy_is_logged_and_shown(pretrained, table, tmp_path, capsys):
+    config = glue_config(pretrained, table)
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    run_dir = tmp_path / "run"
+    run_glue("train", "--config-file", file, "--run-dir", run_dir)
+    accuracy = log.read(run_dir)[-1]["scores"]["accuracy"]
+    assert f"accuracy {accuracy:.4f}" in capsys.readouterr().out
+    run = history.Run(history.Side("adamw", True), (), 0)
+    assert history.read_history(run, run_dir).scores == {"accuracy": accuracy}
+    assert ("scores/accuracy", accuracy) in list(log.scalars(log.read(run_dir)[-1]))
+
+
+def test_generating_from_a_classifier_is_refused(pretrained, table, tmp_path):
+    train(glue_config(pretrained, table), tmp_path / "run")
+    with pytest.raises(SystemExit, match="is not the configuration of a run"):
+        run_command("generate", ["--run-dir", tmp_path / "run"])
