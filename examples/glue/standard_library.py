@@ -4,6 +4,7 @@ Modules are split into training and validation, so that no module is in both.
 """
 
 import ast
+import functools
 import hashlib
 import random
 from collections.abc import Iterator
@@ -22,10 +23,12 @@ _PACKAGES = (
     "unittest",
     "xml",
 )
-_LINES = 6
+_LINES = 4
 """Lines of a snippet."""
 _MOST = 300
 """Snippets of a package to train on, so that all are as frequent."""
+_MOST_GROUPS = 1000
+"""Couples of functions, of four rows each, to train or to validate on."""
 
 
 class Row(NamedTuple):
@@ -42,8 +45,9 @@ class Rows(NamedTuple):
     validation: list[Row]
 
 
+@functools.cache
 def package_rows(validation_fraction: float) -> Rows:
-    """Makes the task: from which package is this snippet of six lines?
+    """Makes the task: from which package is this snippet of four lines?
 
     Each snippet is taken once, so that none is on both sides.
     """
@@ -59,6 +63,7 @@ def package_rows(validation_fraction: float) -> Rows:
     return _shuffled(rows)
 
 
+@functools.cache
 def docstring_rows(validation_fraction: float) -> Rows:
     """Makes the task: does this docstring belong to this function?
 
@@ -75,8 +80,9 @@ def docstring_rows(validation_fraction: float) -> Rows:
                 if taken.isdisjoint((docstring, code)):
                     taken |= {docstring, code}
                     pairs.setdefault(package, []).append((docstring, code))
-        for of_package in pairs.values():
-            side += _half_exchanged(of_package)
+        groups = [g for found in pairs.values() for g in _half_exchanged(found)]
+        for group in random.Random(0).sample(groups, min(len(groups), _MOST_GROUPS)):
+            side += group
     return _shuffled(rows)
 
 
@@ -136,11 +142,13 @@ def _documented(text: str) -> Iterator[tuple[str, str]]:
             yield summary, ast.unparse(node)
 
 
-def _half_exchanged(pairs: list[tuple[str, str]]) -> Iterator[Row]:
+def _half_exchanged(pairs: list[tuple[str, str]]) -> Iterator[list[Row]]:
     """Yields two functions at a time with their docstrings, and with each other's."""
     pairs = random.Random(0).sample(pairs, len(pairs))
     for (first, code), (second, other) in zip(pairs[::2], pairs[1::2], strict=False):
-        yield Row((first, code), "own")
-        yield Row((first, other), "another's")
-        yield Row((second, other), "own")
-        yield Row((second, code), "another's")
+        yield [
+            Row((first, code), "own"),
+            Row((first, other), "another's"),
+            Row((second, other), "own"),
+            Row((second, code), "another's"),
+        ]

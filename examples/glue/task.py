@@ -223,7 +223,7 @@ def _recipe(**optimizer: Any) -> OptimizerConfig:
 
 def _demo(made: Any, labels: int, steps: int) -> TrainConfig[ClassificationTask]:
     """Sets the best rate for AdamW of 2e-3, 4e-3 and 8e-3."""
-    data = DataConfig(made=made, sequence_length=64, validation_batches=24)
+    data = DataConfig(made=made, sequence_length=48, validation_batches=24)
     return TrainConfig(
         ClassificationTask(head=HeadConfig(labels), data=data),
         _recipe(learning_rate=4e-3),
@@ -254,8 +254,8 @@ def _glue(name: str, task: GlueTask) -> TrainConfig[ClassificationTask]:
 
 
 PRESETS: dict[str, TrainConfig[ClassificationTask]] = {
-    "package": _demo("package", 8, 75),
-    "docstring": _demo("docstring", 2, 75),
+    "package": _demo("package", 8, 64),
+    "docstring": _demo("docstring", 2, 64),
     **{name: _glue(name, task) for name, task in GLUE.items()},
 }
 
