@@ -5,11 +5,9 @@ from typing import Annotated
 
 import tyro
 
-from benchmarks.study.page import draw
+from benchmarks.study.page import RESULTS, draw
 from benchmarks.study.questions import QUESTIONS
 from benchmarks.study.run import answer
-
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def run(

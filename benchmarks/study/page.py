@@ -1,6 +1,5 @@
 """The page of results, and its figures, from the CSVs alone."""
 
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.steps import markdown_table
 from benchmarks.study import records
 from benchmarks.study.questions import QUESTIONS, TUNING_SEED, Question, Sweep
 from benchmarks.study.run import best_points, compared_runs, runs_at, tuning_runs
@@ -18,12 +16,12 @@ from examples.training.history import (
     History,
     Interval,
     Side,
-    mean_loss,
+    by_seed,
     paired_difference,
     speed_up,
     write_point,
 )
-from examples.training.optimizers import RULE
+from examples.training.report import markdown_table, spread
 from examples.training.task import count_parameters
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -31,7 +29,6 @@ RESULTS = DOCS / "results"
 
 _NEAR = 0.05
 """How near to the best loss a point of a grid has to be to count as good."""
-_OF_CAUTION = {*RULE, "exempt"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Comparison:
     """What came of one grid and one optimizer: each side at its own best."""
 
     variant: str
-    """The settings of caution that differ from the published rule."""
+    """The settings that distinguish this grid from the others of the question."""
     base: Group
     cautious: Group
     drop_in: Group
@@ -47,18 +44,11 @@ class Comparison:
 
     def difference(self, cautious: Group) -> Interval:
         """Computes the difference of the final losses over the seeds."""
-        pairs = list(_pairs(self.base, cautious))
+        pairs = by_seed(self.base, cautious)
         return paired_difference(
             [base.final_loss for base, _ in pairs],
             [other.final_loss for _, other in pairs],
         )
-
-
-def _pairs(base: Group, other: Group) -> Iterator[tuple[History, History]]:
-    by_seed = {history.run.seed: history for history in other}
-    for history in base:
-        if history.run.seed in by_seed:
-            yield history, by_seed[history.run.seed]
 
 
 def verdict(interval: Interval) -> str:
@@ -82,16 +72,16 @@ def comparisons(
         for optimizer in question.optimizers:
             base, cautious = (Side(optimizer, caution) for caution in (False, True))
             if base in chosen and cautious in chosen:
-                own = {n: v for n, v in sweep.items() if n in _OF_CAUTION}
+                fixed = {n: v for n, v in sweep.items() if len(v) == 1}
                 yield Comparison(
-                    ", ".join(f"{name} {value}" for name, (value,) in own.items()),
+                    ", ".join(f"{name} {value}" for name, (value,) in fixed.items()),
                     at(base, chosen[base]),
                     at(cautious, chosen[cautious]),
                     at(cautious, chosen[base]),
                 )
 
 
-def is_answered(question: Question, histories: Iterable[History]) -> bool:
+def is_answered(question: Question, histories: Sequence[History]) -> bool:
     """Returns whether all runs of a question are there."""
     found = {history.run for history in histories}
     tuning = tuning_runs(question).keys()
@@ -120,16 +110,16 @@ def table(compared: Iterable[Comparison]) -> str:
 
 def _row(seeds: Group, comparison: Comparison | None = None) -> tuple[str, ...]:
     losses = [history.final_loss for history in seeds]
-    loss = f"{mean_loss(seeds):.4f} ({min(losses):.4f} to {max(losses):.4f})"
+    loss = spread(losses, ".4f")
     side, point, _ = seeds[0].run
     if comparison is None:
         return side.title, write_point(point), loss, "", "", ""
     found = comparison.difference(seeds)
     interval = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
-    ratios = [speed_up(base, own) for base, own in _pairs(comparison.base, seeds)]
+    ratios = [speed_up(base, own) for base, own in by_seed(comparison.base, seeds)]
     reached = [ratio for ratio in ratios if ratio is not None]
     ratio = (
-        f"{statistics.fmean(reached):.2f} ({min(reached):.2f} to {max(reached):.2f})"
+        spread(reached, ".2f")
         if len(reached) == len(ratios)
         else f"not reached with {len(ratios) - len(reached)} of {len(ratios)} seeds"
     )
@@ -143,7 +133,7 @@ def edges(question: Question, histories: Sequence[History]) -> list[str]:
         for side, point in best_points(question, sweep, histories).items():
             for name, values in sweep.items():
                 ordered = _numbers(values)
-                if len(ordered) < 3 or name in _OF_CAUTION:
+                if len(ordered) < 3:
                     continue
                 value = float(point[name][0])
                 if value in (ordered[0], ordered[-1]):
@@ -190,7 +180,7 @@ def section(name: str, question: Question, histories: Sequence[History]) -> list
         "",
         table(comparisons(question, histories)),
         "",
-        *[f"- {line}" for line in (*edges(question, histories),)],
+        *[f"- {line}" for line in edges(question, histories)],
         "",
     ]
     if len(question.sweeps) == 1:
@@ -215,11 +205,11 @@ def _draw_differences(compared: Sequence[Comparison], path: Path) -> None:
             place,
             xerr=[[mean - low], [high - mean]],
             fmt="o",
-            color="C0" if comparison.cautious[0].run.side.caution else "C1",
+            color="C0",
             capsize=3,
         )
     axes.axvline(0, color="black", linewidth=1)
-    names = [comparison.variant or "published rule" for comparison in compared]
+    names = [comparison.variant or "the published rule" for comparison in compared]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("validation loss, less that without caution; each at its best")

@@ -63,7 +63,6 @@ def _sized(
 
 
 _RATES = ("1e-3", "2e-3", "4e-3", "8e-3")
-_OF_RATES: Sweep = {"learning_rate": _RATES}
 _OF_SIZE: Sweep = {"learning_rate": _RATES, "b1": ("0.8", "0.9", "0.95")}
 
 _VARIANTS: tuple[Sweep, ...] = (

@@ -1,7 +1,7 @@
 """The runs of a question: those that choose the settings, then those compared."""
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def tuning_runs(question: Question) -> Runs:
     return runs
 
 
-def compared_runs(question: Question, histories: Iterable[History]) -> Runs:
+def compared_runs(question: Question, histories: Sequence[History]) -> Runs:
     """Lists the runs to compare: each side at its best, and with caution at the base's.
 
     Args:
@@ -52,7 +52,7 @@ def runs_at(question: Question, side: Side, point: Sweep) -> Runs:
 
 
 def best_points(
-    question: Question, sweep: Sweep, histories: Iterable[History]
+    question: Question, sweep: Sweep, histories: Sequence[History]
 ) -> dict[Side, Sweep]:
     """Finds the point of a grid with the lowest loss, for each side.
 
@@ -96,7 +96,7 @@ def answer(question: Question, path: Path, work_dir: Path) -> bool:
 
 
 def _train(runs: Runs, order: Runs, path: Path, work_dir: Path) -> bool:
-    missing = {run for run in runs} - {h.run for h in records.read(path)}
+    missing = {*runs} - {h.run for h in records.read(path)}
     turns: dict[tuple[Any, ...], Runs] = {}
     for run, config in runs.items():
         if run in missing:

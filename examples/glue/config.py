@@ -103,8 +103,8 @@ class DataConfig:
         )
 
 
-class GlueTask(NamedTuple):
-    """A task of GLUE, as the dataset nyu-mll/glue has it."""
+class GlueDataset(NamedTuple):
+    """A task of GLUE, as a configuration of the dataset nyu-mll/glue."""
 
     columns: tuple[str, ...]
     metrics: tuple[Score, ...]
@@ -117,20 +117,20 @@ class GlueTask(NamedTuple):
 
 _PAIR = "sentence1", "sentence2"
 GLUE = {
-    "cola": GlueTask(("sentence",), ("matthews",), 8_551),
-    "sst2": GlueTask(("sentence",), ("accuracy",), 67_349),
-    "mrpc": GlueTask(_PAIR, ("accuracy", "f1"), 3_668, epochs=5),
-    "stsb": GlueTask(_PAIR, ("pearson", "spearman"), 5_749, labels=1),
-    "qqp": GlueTask(("question1", "question2"), ("accuracy", "f1"), 363_846),
-    "mnli": GlueTask(
+    "cola": GlueDataset(("sentence",), ("matthews",), 8_551),
+    "sst2": GlueDataset(("sentence",), ("accuracy",), 67_349),
+    "mrpc": GlueDataset(_PAIR, ("accuracy", "f1"), 3_668, epochs=5),
+    "stsb": GlueDataset(_PAIR, ("pearson", "spearman"), 5_749, labels=1),
+    "qqp": GlueDataset(("question1", "question2"), ("accuracy", "f1"), 363_846),
+    "mnli": GlueDataset(
         ("premise", "hypothesis"),
         ("accuracy",),
         392_702,
         labels=3,
         validation_split="validation_matched",
     ),
-    "qnli": GlueTask(("question", "sentence"), ("accuracy",), 104_743),
-    "rte": GlueTask(_PAIR, ("accuracy",), 2_490),
-    "wnli": GlueTask(_PAIR, ("accuracy",), 635, epochs=5),
+    "qnli": GlueDataset(("question", "sentence"), ("accuracy",), 104_743),
+    "rte": GlueDataset(_PAIR, ("accuracy",), 2_490),
+    "wnli": GlueDataset(_PAIR, ("accuracy",), 635, epochs=5),
 }
 """Sizes, columns and scores: Wang et al., arXiv:1804.07461."""

@@ -13,11 +13,11 @@ import numpy as np
 from examples.glue.config import DataConfig, HeadConfig
 from examples.glue.standard_library import Row
 from examples.glue.tables import read_rows
+from examples.llama.config import TOKENIZER_NAME
 from examples.llama.pretrained import Vocabulary
 from examples.training.checks import InputError, read_text, require
 from examples.training.task import Data
 
-TOKENIZER_NAME = "tokenizer.json"
 LABELS_NAME = "labels.json"
 """The file that keeps the names of the labels, in the order of the logits, and the
 token at the start of a document."""

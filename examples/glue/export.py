@@ -8,8 +8,9 @@ tokenizer.
 from pathlib import Path
 from typing import Any
 
-from examples.glue.data import TOKENIZER_NAME, read_labels
+from examples.glue.data import read_labels
 from examples.glue.task import ClassificationTask
+from examples.llama.config import TOKENIZER_NAME
 from examples.llama.pretrained import read_vocabulary
 from examples.llama.transformers_files import save_tokenizer, to_config, to_tensors
 from examples.training.checks import make_directory, read_text

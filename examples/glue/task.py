@@ -12,11 +12,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from examples.glue.config import GLUE, DataConfig, GlueTask, HeadConfig
-from examples.glue.data import LABELS_NAME, TOKENIZER_NAME, load_data, read_labels
+from examples.glue.config import GLUE, DataConfig, GlueDataset, HeadConfig
+from examples.glue.data import LABELS_NAME, load_data, read_labels
 from examples.glue.model import Classifier, make_graphdef
 from examples.glue.scores import scores
-from examples.llama.config import MODELS, ModelConfig
+from examples.llama.config import MODELS, TOKENIZER_NAME, ModelConfig
 from examples.llama.model import LAYOUT, divided_sizes, flops_per_token
 from examples.llama.pretrained import open_pretrained, read_vocabulary
 from examples.llama.transformers_files import Pretrained, require_same_model
@@ -50,7 +50,7 @@ class ClassificationTask:
         **LAYOUT,
         "score": ("fsdp", None),  # [D, labels]
     }
-    not_decayed: ClassVar[frozenset[str]] = frozenset({"scale", "embedding"})
+    not_decayed: ClassVar[frozenset[str]] = frozenset({"scale"})
     free: ClassVar[frozenset[str]] = frozenset({"unroll"})
 
     def __post_init__(self) -> None:
@@ -234,7 +234,7 @@ def _demo(made: Any, labels: int, steps: int) -> TrainConfig[ClassificationTask]
     )
 
 
-def _glue(name: str, task: GlueTask) -> TrainConfig[ClassificationTask]:
+def _glue(name: str, task: GlueDataset) -> TrainConfig[ClassificationTask]:
     data = DataConfig(
         data=(f"hf:nyu-mll/glue:{name}",),
         text_columns=task.columns,

@@ -13,6 +13,9 @@ from examples.training.checks import (
     require_utf8,
 )
 
+TOKENIZER_NAME = "tokenizer.json"
+"""The tokenizer's file, of a run and of a model in Hugging Face's format."""
+
 BYTES = 256
 """Tokens that a byte-level tokenizer has before it merges any."""
 
@@ -54,24 +57,20 @@ class ModelConfig:
     """Blocks in each iteration of the loop over them. More take longer to compile."""
 
     @property
+    def architecture(self) -> dict[str, float]:
+        """The settings that make the model, without how it is computed."""
+        how = {"dtype", "remat", "unroll"}
+        return {name: x for name, x in vars(self).items() if name not in how}
+
+    @property
     def head_dim(self) -> int:
         """Features of one head."""
         return self.hidden_size // self.num_heads
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "rope_theta",
-            "rms_epsilon",
-            "unroll",
-        ):
-            require_positive(name, getattr(self, name))
+        for name, value in {**self.architecture, "unroll": self.unroll}.items():
+            require_positive(name, value)
         require(
             self.hidden_size % self.num_heads == 0,
             f"num_heads ({self.num_heads}) does not divide hidden_size "

@@ -14,8 +14,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from examples.llama.config import ModelConfig
-from examples.llama.data.load import TOKENIZER_NAME
+from examples.llama.config import TOKENIZER_NAME, ModelConfig
 from examples.llama.data.tokenizer import encode, load_tokenizer
 from examples.llama.model import Cache, make_cache, make_graphdef
 from examples.llama.task import LlamaTask

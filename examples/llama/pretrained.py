@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from examples.llama.data.load import TOKENIZER_NAME
+from examples.llama.config import TOKENIZER_NAME
 from examples.llama.data.tokenizer import (
     DOCUMENTS_AT_ONCE,
     encode,
@@ -16,7 +16,7 @@ from examples.llama.data.tokenizer import (
     text_size,
 )
 from examples.llama.task import LlamaTask
-from examples.llama.transformers_files import Pretrained, load_huggingface
+from examples.llama.transformers_files import Pretrained, open_huggingface
 from examples.training.checkpoint import CHECKPOINTS_NAME
 from examples.training.checks import InputError, read_text, require
 from examples.training.config import from_json
@@ -32,7 +32,7 @@ def open_pretrained(source: Path) -> Pretrained:
         InputError: for anything else, or a Llama that differs from the one here.
     """
     if not (source / CHECKPOINTS_NAME).is_dir():
-        return load_huggingface(source)
+        return open_huggingface(source)
     path = source / CONFIG_NAME
     task = from_json(read_text("from", path), f"from: {path}", LlamaTask).task
     tokenizer = source / TOKENIZER_NAME

@@ -21,7 +21,7 @@ from examples.llama.model import (
     flops_per_token,
     make_graphdef,
 )
-from examples.llama.transformers_files import load_huggingface, require_same_model
+from examples.llama.transformers_files import open_huggingface, require_same_model
 from examples.training.checkpoint import (
     CHECKPOINTS_NAME,
     load_params,
@@ -121,7 +121,7 @@ class LlamaTask(LossAlone):
             run = from_json(read_text("from", path), f"from: {path}", type(self))
             require_same_model(source, run.task.model, self.model)
             return
-        found = load_huggingface(source)
+        found = open_huggingface(source)
         require_same_model(source, found.model, self.model)
         tokenizer = self.data.tokenizer
         require(
@@ -134,7 +134,7 @@ class LlamaTask(LossAlone):
         """Loads the weights."""
         if (source / CHECKPOINTS_NAME).is_dir():
             return load_params(source, jax.eval_shape(lambda: self.init(0)))
-        params = load_huggingface(source).load_params()
+        params = open_huggingface(source).load_params()
         require("logits" in params, f"from: {source} has no output layer")
         return params
 

@@ -7,25 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.llama.config import ModelConfig
-from examples.llama.data.load import TOKENIZER_NAME
+from examples.llama.config import TOKENIZER_NAME, ModelConfig
 from examples.llama.data.tokenizer import load_tokenizer
 from examples.training.checks import InputError, read_text, require
-from examples.training.config import settings
 from examples.training.safetensors_files import load_tensors, save_json
 from examples.training.task import Params
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "rope_theta",
-    "rms_epsilon",
-)
-"""Settings that make another model."""
 
 
 class Pretrained(NamedTuple):
@@ -172,11 +158,10 @@ def require_same_model(source: Path, found: ModelConfig, expected: ModelConfig) 
     Raises:
         InputError: which lists the options that are missing.
     """
-    there, here = settings(found), settings(expected)
     options = [
-        f"--{name.replace('_', '-')} {there[name]}"
-        for name in _SIZES
-        if there[name] != here[name]
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in found.architecture.items()
+        if value != expected.architecture[name]
     ]
     require(
         not options,
@@ -184,7 +169,7 @@ def require_same_model(source: Path, found: ModelConfig, expected: ModelConfig) 
     )
 
 
-def load_huggingface(source: Path) -> Pretrained:
+def open_huggingface(source: Path) -> Pretrained:
     """Finds a model in a directory in Hugging Face's format.
 
     Raises:

@@ -20,13 +20,12 @@ from examples.training.config import TrainConfig, settings, with_settings
 from examples.training.engine import make_engine
 from examples.training.history import History, Run, Side, write_point
 from examples.training.loop import is_over, load_run_data, training
-from examples.training.optimizers import RULE, OptimizerName
+from examples.training.optimizers import OF_CAUTION, OptimizerName
 from examples.training.processes import preemption
 from examples.training.run_dir import open_run
 from examples.training.task import Data, Model
 from examples.training.trained import Source, is_loadable, load_trained
 
-_OF_CAUTION = {*RULE, "exempt"}
 _OWN_OPTIONS = {"optimizer": "--optimizers", "caution": None, "seed": "--seeds"}
 
 
@@ -99,7 +98,7 @@ def plan(
                     setting: value
                     for setting, value in point.items()
                     if setting != "learning_rate"
-                    and (caution or setting not in _OF_CAUTION)
+                    and (caution or setting not in OF_CAUTION)
                 }
                 run = Run(Side(name, caution), tuple(own.items()), seed)
                 runs.setdefault(run, run_config)
@@ -143,7 +142,7 @@ def run_all(
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run, config in runs.items():
         values = settings(config)
-        point = [values[name] for name in swept if name not in _OF_CAUTION]
+        point = [values[name] for name in swept if name not in OF_CAUTION]
         key = (run.seed, *map(str, point)) if together else (run,)
         groups.setdefault(key, []).append(run)
     total = sum(config.steps for config in runs.values())

@@ -158,6 +158,13 @@ class Engine:
 def _compile(
     engine: Engine, tree: jax.tree_util.PyTreeDef, like: tuple[Any, ...]
 ) -> Programs:
+    """Compiles programs, unless the last few were the same.
+
+    Args:
+        engine: the engine, with what does not matter to the programs left out.
+        tree: the structure of a batch and the validation batches.
+        like: shapes, dtypes and shardings of their leaves.
+    """
     lowered = engine.lower(*jax.tree.unflatten(tree, like))
     return Programs(*[program.compile() for program in lowered])
 

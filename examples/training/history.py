@@ -192,6 +192,12 @@ def base_of(group_: Group, groups: Mapping[tuple[Side, Point], Group]) -> Group 
     return None
 
 
+def by_seed(base: Group, other: Group) -> list[tuple[History, History]]:
+    """Pairs the runs of two groups that have the same seed."""
+    of_other = {history.run.seed: history for history in other}
+    return [(b, of_other[b.run.seed]) for b in base if b.run.seed in of_other]
+
+
 def short_paths(histories: Sequence[History]) -> list[History]:
     """Writes the runs started from without the directory that all of them share."""
     name = "from_run"

@@ -107,7 +107,7 @@ def read_rows(
 
 
 def import_datasets() -> Any:
-    """Imports the package datasets, or raises an ``InputError`` that says how."""
+    """Imports the package datasets; raises an ``InputError`` if it is missing."""
     try:
         import datasets
         import datasets.distributed

@@ -149,7 +149,7 @@ class OptimizerConfig:
     def without_caution(self) -> Self:
         """Returns the optimizer alone: no caution, and nothing that would set it."""
         options: dict[str, Any] = {
-            f.name: f.default for f in fields(self) if f.name in (*RULE, "exempt")
+            f.name: f.default for f in fields(self) if f.name in OF_CAUTION
         }
         return replace(self, caution=False, **options)
 
@@ -183,7 +183,7 @@ class OptimizerConfig:
         given = [
             f.name
             for f in fields(self)
-            if f.name in (*RULE, "exempt") and getattr(self, f.name) != f.default
+            if f.name in OF_CAUTION and getattr(self, f.name) != f.default
         ]
         require(
             self.caution or not given,
@@ -193,6 +193,9 @@ class OptimizerConfig:
 
 RULE = ("opposed_weight", "min_fraction", "renormalize", "neutral", "alignment")
 """Settings of caution by the names that `optax_cautious` gives them."""
+
+OF_CAUTION = (*RULE, "exempt")
+"""Settings that only a cautious optimizer has."""
 
 
 def title(optimizer: str, caution: bool) -> str:

@@ -19,6 +19,7 @@ from examples.training.history import (
     Side,
     base_of,
     best,
+    by_seed,
     first_step_at,
     group,
     mean_loss,
@@ -63,10 +64,10 @@ def table(
         else:
             losses = [h.final_loss for h in seeds]
             cells = [
-                _spread(losses, ".4f"),
-                *(_spread([f(x) for x in losses], ".2f") for f in metrics.values()),
+                spread(losses, ".4f"),
+                *(spread([f(x) for x in losses], ".2f") for f in metrics.values()),
                 *(
-                    _spread([h.scores[name] for h in seeds], ".4f")
+                    spread([h.scores[name] for h in seeds], ".4f")
                     if name in seeds[0].scores
                     else ""
                     for name in scores
@@ -94,21 +95,16 @@ def score_differences(histories: Sequence[History]) -> str:
     Everything else is equal, the seed too. Markdown; nothing where there is no score,
     or one seed.
     """
-    groups = group(histories)
-    rows = [
-        (what, where, name, *_score_interval(both))
-        for what, where, base, other in _score_pairs(groups)
-        for name in score_names(histories)
-        # Runs that diverged have no scores.
-        if len(
-            both := [
+    rows = []
+    for what, where, base, other in _score_pairs(group(histories)):
+        for name in score_names(histories):
+            both = [
                 (b.scores[name], o.scores[name])
-                for b, o in _by_seed(base, other)
-                if name in b.scores and name in o.scores
+                for b, o in by_seed(base, other)
+                if name in b.scores and name in o.scores  # Not of one that diverged.
             ]
-        )
-        > 1
-    ]
+            if len(both) > 1:
+                rows.append((what, where, name, *_score_interval(both)))
     header = "difference", "at", "score", "mean", "95 % interval", "seeds"
     return markdown_table(rows, header) if rows else ""
 
@@ -142,9 +138,7 @@ def _without(point: Point, name: str) -> Point:
     return tuple((n, value) for n, value in point if n != name)
 
 
-def _score_interval(
-    both: Sequence[tuple[float, float]],
-) -> tuple[str, str, str]:
+def _score_interval(both: Sequence[tuple[float, float]]) -> tuple[str, str, str]:
     base, other = zip(*both, strict=True)
     mean, low, high = paired_difference(base, other)
     zero = ", no difference seen" * (low <= 0 <= high)
@@ -196,7 +190,7 @@ def _points(groups: Mapping[tuple[Side, Point], Group], side: Side) -> str:
 
 def _sentence(base: Group, cautious: Group) -> str:
     names = base[0].run.side.title, cautious[0].run.side.title
-    both = _by_seed(base, cautious)
+    both = by_seed(base, cautious)
     reached = [first_step_at(c.evaluations, b.final_loss) for b, c in both]
     steps = base[0].evaluations[-1].step
     found = [step for step in reached if step is not None]
@@ -209,8 +203,8 @@ def _sentence(base: Group, cautious: Group) -> str:
     else:
         text = (
             f"{names[1]} reached {names[0]}'s final validation loss of "
-            f"{mean_loss(base):.4f} at step {_spread(found, '.0f')} of {steps}: a "
-            f"ratio of {_spread([steps / step for step in found], '.2f')}."
+            f"{mean_loss(base):.4f} at step {spread(found, '.0f')} of {steps}: a "
+            f"ratio of {spread([steps / step for step in found], '.2f')}."
         )
     return f"{text} {_difference(both)}".strip()
 
@@ -230,20 +224,15 @@ def _difference(both: Sequence[tuple[History, History]]) -> str:
     )
 
 
-def _by_seed(base: Group, cautious: Group) -> list[tuple[History, History]]:
-    by_seed = {history.run.seed: history for history in cautious}
-    return [(b, by_seed[b.run.seed]) for b in base if b.run.seed in by_seed]
-
-
 def _ratio(base: Group, cautious: Group) -> str:
-    ratios = [speed_up(b, c) for b, c in _by_seed(base, cautious)]
+    ratios = [speed_up(b, c) for b, c in by_seed(base, cautious)]
     if any(history.diverged_at is not None for history in (*base, *cautious)):
         return ""
     found = [ratio for ratio in ratios if ratio is not None]
-    return _spread(found, ".2f") if len(found) == len(ratios) else "not reached"
+    return spread(found, ".2f") if len(found) == len(ratios) else "not reached"
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def spread(values: Sequence[float], form: str) -> str:
     """Writes the mean, and the smallest and largest where there are several."""
     mean = f"{statistics.fmean(values):{form}}"
     if len(values) == 1:

@@ -217,7 +217,7 @@ def require_same_files(from_run: Path, data: Data) -> None:
     With another tokenizer, the rows of an embedding would mean other tokens.
     """
     if not (from_run / CHECKPOINTS_NAME).is_dir():
-        return  # No run: ``Task.start_from`` has checked what it is.
+        return  # No run: ``Task.check_source`` has checked it.
     for name, text in data.files.items():
         path = from_run / name
         require(

@@ -39,8 +39,7 @@ from safetensors.numpy import load_file
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from examples.llama.config import DataConfig
-from examples.llama.data.load import TOKENIZER_NAME
+from examples.llama.config import TOKENIZER_NAME, DataConfig
 from examples.llama.model import flops_per_token
 from examples.llama.task import LlamaTask
 from examples.mae.config import DataConfig as PicturesConfig

@@ -6,7 +6,7 @@ has a state from which another goes on exactly where it was.
 
 import hashlib
 
-from examples.llama.config import DataConfig
+from examples.llama.config import TOKENIZER_NAME, DataConfig
 from examples.llama.data.streaming import (
     first_batches,
     is_streamed,
@@ -20,9 +20,6 @@ from examples.llama.data.text_files import (
     validation_batches,
 )
 from examples.training.task import Data
-
-TOKENIZER_NAME = "tokenizer.json"
-"""The file that keeps the tokenizer of a run."""
 
 
 def load_data(
