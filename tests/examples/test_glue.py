@@ -136,7 +136,8 @@ def test_no_module_is_both_trained_and_validated_on(monkeypatch):
         return sides[-1]
 
     monkeypatch.setattr(standard_library, "_split", recording)
-    rows = package_rows(0.2)
+    monkeypatch.setattr(standard_library, "_MOST", 10**6)
+    rows = package_rows.__wrapped__(0.2)  # Whatever was made before.
     assert len(sides) == 8
     for train_modules, validation_modules in sides:
         assert train_modules
@@ -706,3 +707,32 @@ def test_generating_from_a_classifier_is_refused(pretrained, table, tmp_path):
     train(glue_config(pretrained, table), tmp_path / "run")
     with pytest.raises(SystemExit, match="is not the configuration of a run"):
         run_command("generate", ["--run-dir", tmp_path / "run"])
+
+
+def test_every_start_is_checked_before_the_first_run(pretrained, table, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(to_json(glue_config(pretrained, table)))
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="holds neither checkpoints of a run nor a c"):
+        run_glue(
+            "compare",
+            *("--config-file", file, "--output-dir", out),
+            *("--sweep", f"from={pretrained[0]},{tmp_path / 'absent'}"),
+        )
+    assert not list(out.iterdir())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(pretrained):
+    found = open_pretrained(pretrained[0])
+    size = found.model.vocab_size
+    with pytest.raises(InputError, match=f"has {size} tokens, and the model knows 300"):
+        read_vocabulary(found.tokenizer, found.start_of_document, 300)
+    with pytest.raises(InputError, match="has no token '<s>'"):
+        read_vocabulary(found.tokenizer, "<s>", size)
+
+
+def test_what_is_left_out_of_validation_is_said(pretrained, table, capsys):
+    config = glue_config(pretrained, table, validation_batches=1)
+    data = config.task.load(0, 0, 1, config.from_run)
+    assert data.validation["label"].shape == (1, 8)
+    assert "Left out 4 more to validate on." in capsys.readouterr().out
