@@ -40,7 +40,7 @@ sweep: $(VENV)/.examples
 mae: $(VENV)/.examples
 	$(TRAIN) -m examples.mae compare
 
-# The demo's two models, fine-tuned with either optimizer.
+# The demo's two models, each fine-tuned with and without caution.
 glue: $(VENV)/.examples
 	$(TRAIN) -m examples.llama compare
 	for task in package docstring; do \

@@ -223,11 +223,11 @@ _HEAD = """# Results
 Does caution help, by how much, and where not? Every table and figure below is made by
 `make results` from the files in [results](results), which `make study` fills; no number
 is typed by hand. Each side is tuned on the same grid with one seed, and compared with
-other seeds, of weights and of the order of the data: the best of many runs is lucky,
-too. A difference is that of the final validation losses, paired by seed, with Student's
-95 % interval; where it includes zero, the text says "no difference seen". The ratio of
-steps is the steps of the run without caution over those that the cautious one needs to
-reach its final loss.
+other seeds (of the weights and of the order of the data), because the best of many runs
+is partly luck. A difference is that of the final validation losses, paired by seed,
+with Student's 95 % interval; where it includes zero, the text says "no difference
+seen". The ratio of steps is the steps of the run without caution over those that the
+cautious one needs to reach its final loss.
 """
 
 

@@ -14,7 +14,7 @@ TUNING_SEED = 0
 """The seed of the runs that choose the settings."""
 
 SEEDS = (1, 2, 3, 4, 5)
-"""The seeds of the runs that are compared: others, as the best of many is lucky too."""
+"""The seeds of the runs that are compared; the tuning seed is not among them."""
 
 Sweep = Mapping[str, Sequence[str]]
 

@@ -35,8 +35,9 @@ class DataConfig:
     hf:NAME:CONFIG, as in hf:nyu-mll/glue:mrpc; NAME may be a local directory. Empty:
     made of the source of the Python standard library, see --made."""
     made: Literal["package", "docstring"] = "package"
-    """Without --data: from which package is this snippet (one text, eight labels), or
-    does this docstring belong to this function (two texts, two labels)."""
+    """The task to make when --data is not given. package: which package is this snippet
+    from (one text, eight labels)? docstring: does this docstring belong to this
+    function (two texts, two labels)?"""
     text_columns: tuple[str, ...] = ("text",)
     """The column with the text, or the two with a pair."""
     label_column: str = "label"
@@ -52,11 +53,11 @@ class DataConfig:
     """Scores reported: accuracy, f1 (of the second class), matthews; pearson and
     spearman for numbers."""
     sequence_length: int = 128
-    """Tokens that the model sees of an example; longer ones are cut."""
+    """Tokens that the model sees of an example; longer ones are truncated."""
     batch_size: int = 32
     """Examples in a training step, over all devices."""
     validation_batches: int = 0
-    """Batches of validation examples at most; 0: all of them."""
+    """Maximum number of validation batches; 0: all there are."""
 
     def __post_init__(self) -> None:
         """Checks the values."""

@@ -30,7 +30,7 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
 
 
 class Labels(NamedTuple):
-    """What a run keeps of its data."""
+    """The labels of a run, and how its texts begin."""
 
     names: list[str]
     """In the order of the logits; none for numbers."""
@@ -39,7 +39,7 @@ class Labels(NamedTuple):
 
 
 def read_labels(setting: str, run_dir: Path) -> Labels:
-    """Reads what a run keeps of its data.
+    """Reads the labels of a run.
 
     Raises:
         InputError: where it cannot be read; it names the setting.
@@ -105,11 +105,11 @@ def load_data(
             flush=True,
         )
         if left_out:
-            print(f"Left out {left_out:,} more to validate on.", flush=True)
+            print(f"Left out {left_out:,} other validation examples.", flush=True)
         if cut:
             print(
-                f"Cut {cut:,} of them to {config.sequence_length} tokens; a larger "
-                "--sequence-length keeps more.",
+                f"Truncated {cut:,} of them to {config.sequence_length} tokens; a "
+                "larger --sequence-length keeps more.",
                 flush=True,
             )
     return data
@@ -145,8 +145,8 @@ def make_examples(
 ) -> tuple[Example, int]:
     """Tokenizes rows and looks up their labels.
 
-    A text is written as it was in pretraining, after the token at the start of a
-    document; of a pair, either is.
+    As in pretraining, the token that starts a document comes before each text, and in a
+    pair before both.
 
     Args:
         rows: texts and labels.
@@ -155,7 +155,7 @@ def make_examples(
         config: the configuration.
 
     Returns:
-        The examples, stacked, and how many were cut.
+        The examples, stacked, and how many were truncated.
 
     Raises:
         InputError: for a label that is not among the names, or is no number.
@@ -176,7 +176,7 @@ def make_examples(
         ]
         line = np.concatenate(written)
         tokens[i, : len(line)] = line
-        # An empty text leaves the end of the one before.
+        # Where the second text is empty, this is the last token of the first.
         last[i] = max(np.flatnonzero(line != vocabulary.start), default=0)
     labels = [_label(row.label, names) for row in rows]
     return {
@@ -188,7 +188,7 @@ def make_examples(
 
 
 def truncate(parts: Sequence[np.ndarray], room: int) -> list[int]:
-    """Returns how much to keep of each text; the longer one is cut first."""
+    """Returns how many tokens to keep of each text; truncates the longer one first."""
     sizes = [len(part) for part in parts]
     if len(sizes) == 1:
         return [min(sizes[0], room)]
@@ -222,7 +222,7 @@ def _label(text: str, names: Sequence[str]) -> float:
 def _train_batches(
     examples: Example, config: DataConfig, seed: int, own: slice
 ) -> grain.IterDataset[Example]:
-    """Shuffles the examples anew in each epoch, without end."""
+    """Makes batches without end; each epoch has an order of its own."""
 
     def take(i: int) -> Example:
         return {name: column[i] for name, column in examples.items()}
@@ -235,7 +235,11 @@ def _train_batches(
 
 
 def _validation_batches(examples: Example, config: DataConfig, own: slice) -> Example:
-    """Fills up the last batch; the mean of all losses is that of the examples."""
+    """Pads the last batch with examples of weight 0.
+
+    The other weights are scaled up, so that the mean over all slots is the mean over
+    the examples.
+    """
     count = len(examples["label"])
     batches = -(-count // config.batch_size)
     slots = batches * config.batch_size

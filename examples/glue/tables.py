@@ -114,8 +114,11 @@ def _read_file(config: DataConfig) -> Rows:
 
 
 def _read_table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
-    """Reads CSV, or TSV, in which a quotation mark is one. Every value is a text."""
-    # A table's cell may be a whole document.
+    """Reads CSV or TSV; every value is a string.
+
+    In TSV, quotation marks are ordinary characters.
+    """
+    # A cell may hold a whole document.
     csv.field_size_limit(2**31 - 1)
     quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     try:
@@ -128,7 +131,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
 
 
 def _read_columns(path: Path, builder: str) -> Iterator[Mapping[str, Any]]:
-    """Reads what the package datasets reads."""
+    """Reads a file with the package datasets."""
     datasets = import_datasets()
     try:
         yield from datasets.load_dataset(builder, data_files=str(path), streaming=True)[
@@ -139,7 +142,7 @@ def _read_columns(path: Path, builder: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _take(rows: Iterable[Mapping[str, Any]], config: DataConfig) -> list[Row]:
-    """Takes texts and labels; a row in which one is missing is left out, and said."""
+    """Collects texts and labels, and reports how many rows lack one of them."""
     taken, left_out = [], 0
     source = config.data[0]
     try:

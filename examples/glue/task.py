@@ -77,7 +77,7 @@ class ClassificationTask:
         return None
 
     def init(self, seed: int) -> Params:
-        """Draws the weights, of which the head's stay."""
+        """Draws all weights; ``start_from`` keeps the head's."""
         model = Classifier(self.model, self.head.num_labels, nnx.Rngs(seed))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
@@ -122,7 +122,7 @@ class ClassificationTask:
 
     def start_from(self, source: Path, seed: int) -> Params:
         """Loads the body of the source, and draws the head."""
-        # What is not returned is not computed.
+        # XLA leaves out the body, which is not returned.
         head = jax.jit(lambda: self.init(seed)["score"])()
         body = _open(source).load_params()
         names = jax.eval_shape(lambda: self.init(0))
@@ -172,7 +172,7 @@ class ClassificationTask:
         return self.units * length * each
 
     def show(self, models: LoadModels, data: LoadData, directory: Path) -> list[Path]:
-        """Draws nothing: the scores say it all."""
+        """Draws nothing."""
         return []
 
     @property

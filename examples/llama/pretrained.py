@@ -69,7 +69,7 @@ class Vocabulary(NamedTuple):
         with tqdm(total=len(texts), desc="Tokenizing", unit="text", leave=False) as bar:
             for at in range(0, len(texts), DOCUMENTS_AT_ONCE):
                 some = list(texts[at : at + DOCUMENTS_AT_ONCE])
-                # Each text is followed by the token, which is in none.
+                # ``encode`` ends each text with this token, and removes it elsewhere.
                 stream = encode(some, self.tokenizer, self.start_of_document)
                 ends = np.flatnonzero(stream == self.start)
                 parts += [part[:-1] for part in np.split(stream, ends + 1)[:-1]]

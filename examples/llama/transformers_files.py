@@ -214,7 +214,7 @@ def open_huggingface(source: Path) -> Pretrained:
 
 
 def _model(config: Mapping[str, Any], path: Path) -> ModelConfig:
-    """Reads transformers' config.json."""
+    """Converts transformers' config.json to the settings here."""
     expected = {
         "model_type": "llama",
         "hidden_act": "silu",
@@ -307,7 +307,7 @@ def _from_tensors(
     left.pop("score.weight", None)  # The head of a classifier.
     require(
         not left,
-        f"from: {source} has tensors that the Llama here has not: "
+        f"from: {source} has tensors that the Llama here does not have: "
         f"{', '.join(sorted(left)[:3])}",
     )
     return params

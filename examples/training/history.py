@@ -199,7 +199,7 @@ def by_seed(base: Group, other: Group) -> list[tuple[History, History]]:
 
 
 def short_paths(histories: Sequence[History]) -> list[History]:
-    """Writes the runs started from without the directory that all of them share."""
+    """Shortens the paths of the runs started from by their common directory."""
     name = "from_run"
     found = {dict(h.run.point)[name] for h in histories if name in dict(h.run.point)}
     paths = {value: Path(value) for value in found}

@@ -90,10 +90,11 @@ def score_names(histories: Sequence[History]) -> list[str]:
 
 
 def score_differences(histories: Sequence[History]) -> str:
-    """Writes what caution, and each setting of two values, changes in the scores.
+    """Formats the differences in scores that caution makes, in Markdown.
 
-    Everything else is equal, the seed too. Markdown; nothing where there is no score,
-    or one seed.
+    Likewise those that a setting makes that was swept over two values. Differences are
+    paired by seed, with all other settings equal. Empty without scores, or with one
+    seed.
     """
     rows = []
     for what, where, base, other in _score_pairs(group(histories)):
@@ -112,7 +113,7 @@ def score_differences(histories: Sequence[History]) -> str:
 def _score_pairs(
     groups: Mapping[tuple[Side, Point], Group],
 ) -> Iterator[tuple[str, str, Group, Group]]:
-    """Lists groups that differ in one thing: what, all else, and the groups."""
+    """Yields the one difference, all else, and the two groups that differ in it."""
     for (side, point), seeds in groups.items():
         base = base_of(seeds, groups) if side.caution else None
         if base is not None:

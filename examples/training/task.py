@@ -113,7 +113,7 @@ class Task(Protocol):
     def evaluate(self, params: Params, batch: Batch) -> tuple[jax.Array, Any]:
         """Computes the mean loss of a batch, and what ``scores`` needs of it.
 
-        The latter is a tree of arrays, ``[B, ...]``, or of none.
+        The latter is a tree of arrays, ``[B, ...]``; it may be empty.
         """
 
     def scores(self, outputs: Any) -> dict[str, float]:
@@ -178,14 +178,14 @@ class Task(Protocol):
 
 
 class LossAlone:
-    """What tasks share that report nothing beside the loss."""
+    """Mixin for tasks that report only their loss."""
 
     def evaluate(self: Any, params: Params, batch: Batch) -> tuple[jax.Array, Any]:
         """Computes the mean loss of a batch."""
         return self.loss(params, batch), ()
 
     def scores(self, outputs: Any) -> dict[str, float]:
-        """Returns none."""
+        """Returns no scores."""
         return {}
 
 

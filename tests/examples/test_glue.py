@@ -355,7 +355,7 @@ def test_tensors_that_are_missing_or_of_another_size(pretrained, tmp_path):
     tensors = load_file(directory / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
     for changes, message in (
-        ({f"{name}.bias": np.zeros(32, np.float32)}, f"not: {name}.bias"),
+        ({f"{name}.bias": np.zeros(32, np.float32)}, f"not have: {name}.bias"),
         ({f"{name}.weight": np.zeros((32, 32), np.int8)}, "is of int8, not of a float"),
     ):
         save_file({**tensors, **changes}, directory / "model.safetensors")
@@ -735,4 +735,4 @@ def test_what_is_left_out_of_validation_is_said(pretrained, table, capsys):
     config = glue_config(pretrained, table, validation_batches=1)
     data = config.task.load(0, 0, 1, config.from_run)
     assert data.validation["label"].shape == (1, 8)
-    assert "Left out 4 more to validate on." in capsys.readouterr().out
+    assert "Left out 4 other validation examples." in capsys.readouterr().out
