@@ -1,233 +1,44 @@
-"""The page of results, and its figures, from the CSVs alone."""
+"""The page of results and its figures, made from the CSVs alone."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-
 from benchmarks.study import records
-from benchmarks.study.questions import QUESTIONS, TUNING_SEED, Question, Sweep
-from benchmarks.study.run import best_points, compared_runs, runs_at, tuning_runs
-from examples.training import plots
-from examples.training.history import (
-    Group,
-    History,
-    Interval,
-    Side,
-    by_seed,
-    paired_difference,
-    speed_up,
-    write_point,
+from benchmarks.study.figures import plot_differences, plot_sizes
+from benchmarks.study.outcomes import (
+    NEAR,
+    Comparison,
+    compare_all,
+    edges,
+    is_answered,
+    outcome,
+    robustness,
+    time_ratios,
 )
+from benchmarks.study.questions import QUESTIONS, SIZES, TUNING_SEED, Question
+from benchmarks.study.run import best_points, group_at, tuning_runs
+from examples.training import plots
+from examples.training.history import Group, History, write_point
 from examples.training.report import markdown_table, spread
 from examples.training.task import count_parameters
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = DOCS / "results"
 
-_NEAR = 0.05
-"""How near to the best loss a point of a grid has to be to count as good."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What came of one grid and one optimizer: each side at its own best."""
-
-    variant: str
-    """The settings that distinguish this grid from the others of the question."""
-    base: Group
-    cautious: Group
-    drop_in: Group
-    """With caution, at the base's best."""
-
-    def difference(self, cautious: Group) -> Interval:
-        """Computes the difference of the final losses over the seeds."""
-        pairs = by_seed(self.base, cautious)
-        return paired_difference(
-            [base.final_loss for base, _ in pairs],
-            [other.final_loss for _, other in pairs],
-        )
-
-
-def verdict(interval: Interval) -> str:
-    """Says in words what an interval of a difference of losses shows."""
-    if interval.high < 0:
-        return "better"
-    return "worse" if interval.low > 0 else "no difference seen"
-
-
-def comparisons(
-    question: Question, histories: Sequence[History]
-) -> Iterator[Comparison]:
-    """Yields what came of each grid and optimizer of a question."""
-    found = {history.run: history for history in histories}
-
-    def at(side: Side, point: Sweep) -> Group:
-        return tuple(found[run] for run in runs_at(question, side, point))
-
-    for sweep in question.sweeps:
-        chosen = best_points(question, sweep, histories)
-        for optimizer in question.optimizers:
-            base, cautious = (Side(optimizer, caution) for caution in (False, True))
-            if base in chosen and cautious in chosen:
-                fixed = {n: v for n, v in sweep.items() if len(v) == 1}
-                yield Comparison(
-                    ", ".join(f"{name} {value}" for name, (value,) in fixed.items()),
-                    at(base, chosen[base]),
-                    at(cautious, chosen[cautious]),
-                    at(cautious, chosen[base]),
-                )
-
-
-def is_answered(question: Question, histories: Sequence[History]) -> bool:
-    """Returns whether all runs of a question are there."""
-    found = {history.run for history in histories}
-    tuning = tuning_runs(question).keys()
-    return tuning <= found and compared_runs(question, histories).keys() <= found
-
-
-def table(compared: Iterable[Comparison]) -> str:
-    """Writes a line for each side of each comparison, in Markdown."""
-    header = (
-        "optimizer",
-        "settings",
-        "validation loss (range)",
-        "difference (95 % interval)",
-        "",
-        "ratio of steps",
-    )
-    rows: dict[tuple[str, ...], None] = {}
-    for comparison in compared:
-        base, cautious = comparison.base, comparison.cautious
-        rows[_row(base)] = None
-        if comparison.drop_in[0].run.point != cautious[0].run.point:
-            rows[_row(comparison.drop_in, comparison)] = None
-        rows[_row(cautious, comparison)] = None
-    return markdown_table(list(rows), header)
-
-
-def _row(seeds: Group, comparison: Comparison | None = None) -> tuple[str, ...]:
-    losses = [history.final_loss for history in seeds]
-    loss = spread(losses, ".4f")
-    side, point, _ = seeds[0].run
-    if comparison is None:
-        return side.title, write_point(point), loss, "", "", ""
-    found = comparison.difference(seeds)
-    interval = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
-    ratios = [speed_up(base, own) for base, own in by_seed(comparison.base, seeds)]
-    reached = [ratio for ratio in ratios if ratio is not None]
-    ratio = (
-        spread(reached, ".2f")
-        if len(reached) == len(ratios)
-        else f"not reached with {len(ratios) - len(reached)} of {len(ratios)} seeds"
-    )
-    return side.title, write_point(point), loss, interval, verdict(found), ratio
-
-
-def edges(question: Question, histories: Sequence[History]) -> list[str]:
-    """Says which best points lie at the edge of what was tried."""
-    lines = []
-    for sweep in question.sweeps:
-        for side, point in best_points(question, sweep, histories).items():
-            for name, values in sweep.items():
-                ordered = _numbers(values)
-                if len(ordered) < 3:
-                    continue
-                value = float(point[name][0])
-                if value in (ordered[0], ordered[-1]):
-                    end = "smallest" if value == ordered[0] else "largest"
-                    lines.append(
-                        f"The best {name.replace('_', ' ')} for {side.title}, "
-                        f"{value:g}, is the {end} that was tried."
-                    )
-    return list(dict.fromkeys(lines))
-
-
-def _numbers(values: Sequence[str]) -> list[float]:
-    try:
-        return sorted(map(float, values))
-    except ValueError:
-        return []
-
-
-def robustness(histories: Sequence[History]) -> list[str]:
-    """Says what share of a grid is nearly as good as its best point, for each side."""
-    lines = []
-    tuning = [h for h in histories if h.run.seed == TUNING_SEED]
-    for side in dict.fromkeys(h.run.side for h in tuning):
-        losses = np.array([h.final_loss for h in tuning if h.run.side == side])
-        near = int((losses < losses.min() + _NEAR).sum())
-        lines.append(
-            f"{side.title}: {near} of {len(losses)} points are within {_NEAR:g} of its "
-            f"best, {losses.min():.4f} (one seed)."
-        )
-    return lines
-
-
-def section(name: str, question: Question, histories: Sequence[History]) -> list[str]:
-    """Writes the section of a question, and draws its figure."""
-    config = question.config
-    seeds = ", ".join(map(str, question.seeds))
-    lines = [
-        f"## {question.title}",
-        "",
-        f"{count_parameters(config.task):,} parameters, {config.steps} steps of "
-        f"{config.task.describe()}; tuned with seed {TUNING_SEED}, compared with seeds "
-        f"{seeds}. `python -m benchmarks.study run {name}`, "
-        f"[{name}.csv](results/{name}.csv).",
-        "",
-        table(comparisons(question, histories)),
-        "",
-        *[f"- {line}" for line in edges(question, histories)],
-        "",
-    ]
-    if len(question.sweeps) == 1:
-        lines += [f"- {line}" for line in robustness(histories)]
-        tuning = [h for h in histories if h.run.seed == TUNING_SEED]
-        plots.plot(tuning, RESULTS / f"{name}.png")
-    else:
-        _draw_differences(
-            list(comparisons(question, histories)), RESULTS / f"{name}.png"
-        )
-    return [*lines, "", f"![{question.title}](results/{name}.png)", ""]
-
-
-def _draw_differences(compared: Sequence[Comparison], path: Path) -> None:
-    """Draws the difference of each comparison, with its interval."""
-    figure = Figure(figsize=(7, 1 + 0.4 * len(compared)), layout="constrained")
-    axes = figure.subplots()
-    for place, comparison in enumerate(compared):
-        mean, low, high = comparison.difference(comparison.cautious)
-        axes.errorbar(
-            mean,
-            place,
-            xerr=[[mean - low], [high - mean]],
-            fmt="o",
-            color="C0",
-            capsize=3,
-        )
-    axes.axvline(0, color="black", linewidth=1)
-    names = [comparison.variant or "the published rule" for comparison in compared]
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("validation loss, less that without caution; each at its best")
-    axes.grid(alpha=0.25, axis="x")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
+Answers = Mapping[str, Sequence[History]]
+"""The runs of each question that has all of them."""
 
 _HEAD = """# Results
 
-Does caution help, by how much, and where not? Every table and figure below is made by
-`make results` from the files in [results](results), which `make study` fills; no number
-is typed by hand. Each side is tuned on the same grid with one seed, and compared with
-other seeds (of the weights and of the order of the data), because the best of many runs
-is partly luck. A difference is that of the final validation losses, paired by seed,
-with Student's 95 % interval; where it includes zero, the text says "no difference
-seen". The ratio of steps is the steps of the run without caution over those that the
-cautious one needs to reach its final loss.
+Does caution help, by how much, and where not? `make results` makes every table and
+figure of this page from the files in [results](results), which `make study` fills; no
+number is typed by hand. All arms of a question are tuned on the same grid (exceptions
+are named) with seed {tuning}, and trained again at their best points with other seeds
+of the weights and of the order of the data, because the best of many runs is partly
+luck. A difference is that of the final validation losses, paired by seed, with
+Student's 95 % interval; where the interval includes zero, the text says "no difference
+seen". The ratio of steps is the steps of the other arm over those that this one needs
+to reach the other's final loss.
 """
 
 
@@ -235,17 +46,251 @@ def draw(results_dir: Path = RESULTS, page: Path = DOCS / "results.md") -> None:
     """Write the page and its figures.
 
     Args:
-        results_dir: where the CSVs are.
+        results_dir: where the CSVs are, and the figures go.
         page: the file to write.
     """
-    lines, missing = [_HEAD], []
+    answers, missing = {}, []
     for name, question in QUESTIONS.items():
         histories = records.read(results_dir / f"{name}.csv")
-        if histories and is_answered(question, histories):
-            lines += section(name, question, histories)
+        planned = {*tuning_runs(question)} if histories else set()
+        if planned <= {h.run for h in histories} and is_answered(question, histories):
+            answers[name] = histories
         else:
             missing.append(f"`{name}`")
+    lines = [_HEAD.format(tuning=TUNING_SEED), *_summary(answers)]
+    for name, histories in answers.items():
+        lines += _section(name, QUESTIONS[name], histories, results_dir)
+    lines += [*_sizes(answers, results_dir), *_times(answers)]
     if missing:
         lines += ["## Not answered yet", "", f"{', '.join(missing)}.", ""]
     page.write_text("\n".join(lines))
     print(f"Written: {page}")
+
+
+def table(question: Question, histories: Sequence[History]) -> str:
+    """Format a row for each arm, and for each comparison, in Markdown."""
+    what = question.score or "validation loss"
+    header = (
+        "arm",
+        "settings",
+        f"{what} (range)",
+        "compared with",
+        "difference (95 % interval)",
+        "",
+        *["ratio of steps (range)"] * (not question.score),
+    )
+    compared = compare_all(question, histories)
+    best = best_points(question, histories)
+    rows: list[Sequence[str]] = []
+    for arm in question.arms:
+        own = [c for c in compared if c.arm == arm]
+        if arm.title not in best:
+            rows.append([arm.title, "diverged at every point", *[""] * 5])
+        elif not own:
+            group = group_at(question, arm, best[arm.title], histories)
+            rows.append([*_arm_cells(arm.title, group, question.score), *[""] * 4])
+        rows += [
+            [
+                *_arm_cells(arm.title, comparison.own, question.score),
+                comparison.other.title,
+                *_difference_cells(comparison),
+            ]
+            for comparison in own
+        ]
+    return markdown_table([row[: len(header)] for row in rows], header)
+
+
+def _arm_cells(title: str, group: Group, score: str) -> list[str]:
+    point = tuple(
+        (name, value) for name, value in group[0].run.point if name != "from_run"
+    )
+    values = spread([outcome(history, score) for history in group], ".4f")
+    return [title, write_point(point), values]
+
+
+def _difference_cells(comparison: Comparison) -> list[str]:
+    mean, low, high = comparison.difference
+    cells = [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", comparison.verdict]
+    return cells if comparison.score else [*cells, _ratio(comparison)]
+
+
+def _ratio(comparison: Comparison) -> str:
+    reached = [ratio for ratio in comparison.ratios if ratio is not None]
+    if len(reached) == len(comparison.ratios):
+        return spread(reached, ".2f")
+    missed = len(comparison.ratios) - len(reached)
+    return f"not reached with {missed} of {len(comparison.ratios)} seeds"
+
+
+def _summary(answers: Answers) -> list[str]:
+    """Summarize the first comparison of each arm, each at its best."""
+    rows = [
+        [
+            f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})",
+            comparison.arm.title,
+            comparison.other.title,
+            *_difference_cells(comparison),
+        ]
+        for name, histories in answers.items()
+        for comparison in compare_all(QUESTIONS[name], histories)
+        if not comparison.dropped_in
+        and comparison.other.title == comparison.arm.against[0]
+    ]
+    if not rows:
+        return []
+    header = ("question", "arm", "compared with", "difference", "", "ratio of steps")
+    rows = [row + [""] * (len(header) - len(row)) for row in rows]
+    return ["## In short", "", markdown_table(rows, header), ""]
+
+
+def _anchor(title: str) -> str:
+    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -")
+    return kept.replace(" ", "-")
+
+
+def _section(
+    name: str, question: Question, histories: Sequence[History], results_dir: Path
+) -> list[str]:
+    """Write the section of a question, and draw its figure."""
+    config = question.config
+    figure = results_dir / f"{name}.png"
+    tried = "; ".join(
+        f"{setting.replace('_', ' ')} {', '.join(values)}"
+        for setting, values in question.grid.items()
+    )
+    exceptions = [
+        f"{arm.title}: {setting.replace('_', ' ')} {', '.join(values)}."
+        for arm in question.arms
+        for setting, values in arm.grid.items()
+    ]
+    lines = [
+        f"## {question.title}",
+        "",
+        f"{count_parameters(config.task):,} parameters, {config.steps} steps of "
+        f"{config.task.describe()}. Tried: {tried}. "
+        + "".join(f"{exception} " for exception in exceptions)
+        + f"Compared with seeds {', '.join(map(str, question.seeds))}. {question.note}",
+        "",
+        table(question, histories),
+        "",
+        *[f"- {line}" for line in edges(question, histories)],
+    ]
+    compared = compare_all(question, histories)
+    if len(question.arms) == 2:
+        lines += [
+            f"- {found.arm.title}: {found.near_own} of {found.points} points are "
+            f"within {NEAR:g} of its best, {found.best:.4f}, and {found.near_all} "
+            f"within {NEAR:g} of the best of both (seed {TUNING_SEED})."
+            for found in robustness(question, histories)
+        ]
+        tuning = [h for h in histories if h.run.seed == TUNING_SEED]
+        plots.plot(tuning, figure, curves=[*compared[-1].others, *compared[-1].own])
+    else:
+        plot_differences(compared, figure, question.score or "validation loss")
+    return [
+        *lines,
+        "",
+        f"`python -m benchmarks.study run {name}`, [{name}.csv](results/{name}.csv)",
+        "",
+        f"![{question.title}](results/{name}.png)",
+        "",
+    ]
+
+
+def _sizes(answers: Answers, results_dir: Path) -> list[str]:
+    """Write the section that compares the sizes, and draw its figure."""
+    compared = []
+    for name in SIZES:
+        if name in answers:
+            question = QUESTIONS[name]
+            count = count_parameters(question.config.task)
+            found = compare_all(question, answers[name])
+            compared += [(count, c) for c in found if not c.dropped_in]
+    if len(compared) < 2:
+        return []
+    plot_sizes(compared, results_dir / "sizes.png")
+    rows = [
+        [
+            f"{count:,}",
+            write_point(comparison.others[0].run.point),
+            write_point(comparison.own[0].run.point),
+            *_difference_cells(comparison),
+            str(len(comparison.own)),
+        ]
+        for count, comparison in compared
+    ]
+    header = (
+        "parameters",
+        "AdamW at",
+        "cautious AdamW at",
+        "difference (95 % interval)",
+        "",
+        "ratio of steps (range)",
+        "seeds",
+    )
+    return [
+        "## Does it grow or shrink with size?",
+        "",
+        "The same text, tokens and steps, so that a larger model sees fewer tokens per "
+        "parameter. None is trained for as long as a model of its size usually is, and "
+        "the largest has a hundredth of the parameters of a 1B: whether the difference "
+        "lasts there, these runs cannot tell.",
+        "",
+        markdown_table(rows, header),
+        "",
+        "![What caution gains, over the size of the model](results/sizes.png)",
+        "",
+    ]
+
+
+def _times(answers: Answers) -> list[str]:
+    """Write the section that sets the time of a step beside the number of steps."""
+    rows = []
+    for name, histories in answers.items():
+        compared = compare_all(QUESTIONS[name], histories)
+        for found in time_ratios(QUESTIONS[name], histories):
+            ratios = [
+                ratio
+                for c in compared
+                if (c.arm, c.other) == (found.arm, found.other) and not c.dropped_in
+                for ratio in c.ratios
+            ]
+            reached = [ratio for ratio in ratios if ratio is not None]
+            mean = sum(reached) / len(reached) if reached else 0.0
+            all_reached = len(reached) == len(ratios) and not QUESTIONS[name].score
+            rows.append(
+                [
+                    f"`{name}`",
+                    found.arm.title,
+                    found.other.title,
+                    f"{found.median:.3f} ({found.low:.3f} to {found.high:.3f})",
+                    str(found.pairs),
+                    *(
+                        [f"{mean:.2f}", f"{mean / found.median:.2f}"]
+                        if all_reached
+                        else ["", ""]
+                    ),
+                ]
+            )
+    if not rows:
+        return []
+    header = (
+        "question",
+        "arm",
+        "compared with",
+        "seconds a step, ratio (quartiles)",
+        "pairs of runs",
+        "ratio of steps",
+        "ratio of times",
+    )
+    return [
+        "## In time, not steps?",
+        "",
+        "Arms that were tuned at the same point took turns in one process, 50 steps "
+        "each, on one core of a CPU whose other core was in use. Seconds a step: for "
+        "each pair of runs, the median time of a step with one arm over that with the "
+        "other. Ratio of times: the ratio of steps divided by it.",
+        "",
+        markdown_table(rows, header),
+        "",
+    ]

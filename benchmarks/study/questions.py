@@ -1,14 +1,16 @@
-"""The questions, and the runs that answer each."""
+"""The questions, and what is trained to answer each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from examples.glue.task import PRESETS as GLUE
 from examples.llama.config import ModelConfig
 from examples.llama.task import PRESETS as LLAMA
 from examples.llama.task import LlamaTask
 from examples.mae.task import PRESETS as MAE
 from examples.training.config import TrainConfig
+from examples.training.history import Side
 
 TUNING_SEED = 0
 """The seed of the runs that choose the settings."""
@@ -16,20 +18,56 @@ TUNING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
 """The seeds of the runs that are compared; the tuning seed is not among them."""
 
-Sweep = Mapping[str, Sequence[str]]
+Grid = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the ways to train that a question compares."""
+
+    title: str
+    side: Side
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """What it sets beside the grid."""
+    grid: Grid = field(default_factory=dict)
+    """Settings of the grid for which it tries other values than the question's."""
+    against: tuple[str, ...] = ()
+    """Titles of the arms with which it is compared."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Optimizers with and without caution, each tuned on a grid and then compared."""
+    """Arms that are tuned on one grid and then compared."""
 
     title: str
     config: TrainConfig[Any]
-    sweeps: tuple[Sweep, ...]
-    """Grids of settings. On each, the best point of each side is chosen by the tuning
-    seed, and trained again with the seeds."""
-    optimizers: tuple[str, ...] = ("adamw",)
+    grid: Grid
+    arms: tuple[Arm, ...]
+    drop_in: bool = True
+    """Whether an arm is also trained at the best point of the first one that it is
+    compared with: the result of turning caution on and retuning nothing."""
     seeds: tuple[int, ...] = SEEDS
+    score: str = ""
+    """What is compared. Empty: the validation loss, which also chooses the settings."""
+    note: str = ""
+    """What a reader has to know."""
+
+
+def _with_and_without(optimizer: str = "adamw") -> tuple[Arm, Arm]:
+    base, cautious = Side(optimizer, False), Side(optimizer, True)
+    return (
+        Arm(base.title, base),
+        Arm(cautious.title, cautious, against=(base.title,)),
+    )
+
+
+_ADAMW, _CAUTIOUS = _with_and_without()
+
+
+def _variant(title: str, grid: Grid | None = None, **settings: str) -> Arm:
+    """Makes an arm of caution, compared with AdamW and with the published rule."""
+    against = (_CAUTIOUS.title, _ADAMW.title)
+    return Arm(title, _CAUTIOUS.side, settings, grid or {}, against)
 
 
 def _with_rule(config: TrainConfig[Any], **optimizer: Any) -> TrainConfig[Any]:
@@ -62,77 +100,167 @@ def _sized(
     return replace(_LLAMA, task=LlamaTask(model, _LLAMA.task.data))
 
 
-_RATES = ("1e-3", "2e-3", "4e-3", "8e-3")
-_OF_SIZE: Sweep = {"learning_rate": _RATES, "b1": ("0.8", "0.9", "0.95")}
+_RATES = ("0.001", "0.002", "0.004", "0.008")
+_SMALL = _sized(64, 172, 2, 2, 1)
+_LARGER: Grid = {
+    "learning_rate": ("0.001", "0.002", "0.004"),
+    "b1": ("0.8", "0.9", "0.95"),
+}
 
-_VARIANTS: tuple[Sweep, ...] = (
-    {},
-    {"opposed_weight": ("0.25",)},
-    {"opposed_weight": ("0.5",)},
-    {"opposed_weight": ("-1.0",)},
-    {"renormalize": ("none",)},
-    {"renormalize": ("plus_one",)},
-    {"neutral": ("follow",)},
-    {"neutral": ("ignore",)},
-    {"exempt": ("embedding",)},
-    {"alignment": ("leaf",)},
-    {"alignment": ("tree",)},
+# Nothing makes up for what does not move: half the distance at the same rate.
+_HIGHER: Grid = {"learning_rate": ("0.004", "0.008", "0.016")}
+_FAMILY = (
+    _ADAMW,
+    _CAUTIOUS,
+    _variant("embedding exempt", exempt="embedding"),
+    _variant("neutral: follow", neutral="follow"),
+    _variant("neutral: ignore", neutral="ignore"),
+    _variant("opposed weight 0.25", opposed_weight="0.25"),
+    _variant("opposed weight 0.5", opposed_weight="0.5"),
+    _variant("opposed weight -1 (Grams)", opposed_weight="-1.0"),
+    _variant("renormalize: plus one", renormalize="plus_one"),
+    _variant("renormalize: none", _HIGHER, renormalize="none"),
+    _variant("alignment: leaf", alignment="leaf"),
+    _variant("alignment: tree", alignment="tree"),
 )
+_OF_RULE = (
+    "All at b1 0.9. The ten variants are compared with the published rule, cautious "
+    "AdamW, and with AdamW. Where none differs, at least one of ten intervals of 95 % "
+    "excludes zero in two of five such tables."
+)
+
+
+def _after(pretrained: str, caution: bool, against: tuple[str, ...]) -> Arm:
+    """Makes an arm that fine-tunes one of the demo's models."""
+    side = Side("adamw", caution)
+    directory = f"outputs/llama/comparison/{pretrained}-learning_rate=0.002-seed0"
+    title = f"{side.title}, after {pretrained.replace('-', ' ')}"
+    title = title.replace("adamw", "AdamW")
+    return Arm(title, side, {"from_run": directory}, against=against)
+
 
 QUESTIONS: dict[str, Question] = {
     "adamw": Question(
         "Does it help AdamW when both are tuned?",
         _LLAMA,
-        (
-            {
-                "learning_rate": ("2e-3", "4e-3", "8e-3"),
-                "b1": ("0.6", "0.8", "0.9", "0.95", "0.98"),
-            },
-        ),
+        {
+            "learning_rate": ("0.002", "0.004", "0.008"),
+            "b1": ("0.6", "0.8", "0.9", "0.95", "0.98"),
+        },
+        _with_and_without(),
+    ),
+    "size-0.3m": Question(
+        "A smaller Llama",
+        _SMALL,
+        {"learning_rate": _RATES, "b1": ("0.8", "0.9", "0.95")},
+        _with_and_without(),
+    ),
+    "size-4m": Question(
+        "A Llama of 4 million parameters",
+        _sized(256, 688, 4, 8, 4),
+        _LARGER,
+        _with_and_without(),
+    ),
+    "size-9m": Question(
+        "A Llama of 9 million parameters",
+        _sized(384, 1032, 5, 8, 4),
+        _LARGER,
+        _with_and_without(),
+        drop_in=False,
+        seeds=(1, 2),
     ),
     "rule": Question(
         "Which part of the rule does it?",
         _LLAMA,
-        tuple({"learning_rate": (*_RATES, "1.6e-2"), **v} for v in _VARIANTS),
+        {"learning_rate": ("0.002", "0.004", "0.008")},
+        _FAMILY,
+        drop_in=False,
+        note=_OF_RULE,
+    ),
+    "rule-0.3m": Question(
+        "Which part of the rule does it, in a smaller Llama?",
+        _SMALL,
+        {"learning_rate": ("0.002", "0.004", "0.008")},
+        _FAMILY,
+        drop_in=False,
+        note=_OF_RULE,
     ),
     "decay": Question(
-        "And cautious weight decay?",
+        "Does cautious weight decay help, alone and with caution?",
         _LLAMA,
-        tuple(
-            {
-                "learning_rate": ("2e-3", "4e-3"),
-                "weight_decay": ("0.1", "0.5", "1.0", "2.0"),
-                "cautious_decay": (cautious,),
-            }
-            for cautious in ("false", "true")
+        {"learning_rate": ("0.002", "0.004"), "weight_decay": ("0.1", "0.5", "1", "2")},
+        (
+            _ADAMW,
+            Arm(
+                "AdamW, cautious decay",
+                _ADAMW.side,
+                {"cautious_decay": "true"},
+                against=(_ADAMW.title,),
+            ),
+            _CAUTIOUS,
+            Arm(
+                "cautious AdamW, cautious decay",
+                _CAUTIOUS.side,
+                {"cautious_decay": "true"},
+                against=(_CAUTIOUS.title, _ADAMW.title),
+            ),
         ),
-    ),
-    "mae": Question(
-        "Does it help a masked autoencoder?",
-        _MAE,
-        ({"learning_rate": _RATES, "b1": ("0.8", "0.9", "0.95")},),
+        drop_in=False,
+        note="All at b1 0.9.",
     ),
     "lion": Question(
         "Does it help Lion?",
         _LLAMA,
-        (
-            {
-                "learning_rate": ("2.5e-4", "5e-4", "1e-3", "2e-3"),
-                "b1": ("0.8", "0.9", "0.95", "0.98"),
-            },
-        ),
-        ("lion",),
+        {
+            "learning_rate": ("0.00025", "0.0005", "0.001", "0.002"),
+            "b1": ("0.8", "0.9", "0.95"),
+        },
+        _with_and_without("lion"),
+        note="b2, the decay of Lion's momentum, is 0.95.",
     ),
     "muon": Question(
         "Does it help Muon?",
         _LLAMA,
-        ({"learning_rate": ("2e-3", "4e-3", "8e-3"), "b1": ("0.8", "0.9", "0.95")},),
-        ("muon",),
+        {"learning_rate": ("0.002", "0.004", "0.008"), "b1": ("0.8", "0.9", "0.95")},
+        (
+            *_with_and_without("muon"),
+            Arm(
+                "cautious Muon, on the momentum",
+                Side("muon", True),
+                {"caution_on": "momentum"},
+                against=("Muon", "cautious Muon"),
+            ),
+        ),
+        note="Embedding, head and norms are left to AdamW, with the same b1.",
     ),
-    "size-0.3m": Question("0.3 million", _sized(64, 172, 2, 2, 1), (_OF_SIZE,)),
-    "size-4m": Question("4 million", _sized(256, 688, 4, 8, 4), (_OF_SIZE,)),
-    "size-9m": Question(
-        "9 million", _sized(384, 1032, 5, 8, 4), (_OF_SIZE,), seeds=(1, 2)
+    "mae": Question(
+        "Does it help a masked autoencoder?",
+        _MAE,
+        {"learning_rate": _RATES, "b1": ("0.8", "0.9", "0.95")},
+        _with_and_without(),
+    ),
+    "glue": Question(
+        "Does it help in fine-tuning?",
+        replace(GLUE["package"], checkpoint_every=GLUE["package"].steps),
+        {"learning_rate": ("0.002", "0.004", "0.008")},
+        (
+            _after("adamw", False, ()),
+            _after("adamw", True, ("AdamW, after AdamW",)),
+            _after("cautious-adamw", False, ("AdamW, after AdamW",)),
+            _after(
+                "cautious-adamw",
+                True,
+                ("AdamW, after cautious AdamW", "AdamW, after AdamW"),
+            ),
+        ),
+        drop_in=False,
+        score="accuracy",
+        note="The two models are those of `make demo`, one seed each, so that the "
+        "difference between them is that of two runs and not of two optimizers. "
+        "[glue.md](glue.md) describes the task, `package`.",
     ),
 }
-"""In the order in which they are run."""
+"""In the order of the page."""
+
+SIZES = ("size-0.3m", "adamw", "size-4m", "size-9m")
+"""The questions that differ in the size of the model alone."""

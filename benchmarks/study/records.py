@@ -1,4 +1,7 @@
-"""The results of runs as CSV: a line for each evaluation of each run."""
+"""The results of runs as CSV: a line for each evaluation of each run.
+
+Beside the loss, a run's last line has its scores.
+"""
 
 import csv
 from collections.abc import Iterable
@@ -14,6 +17,7 @@ _LAST = (
     "aligned_fraction",
     "seconds_per_step",
 )
+_SCORE = "score_"
 
 
 def write(histories: Iterable[History], path: Path) -> None:
@@ -23,20 +27,30 @@ def write(histories: Iterable[History], path: Path) -> None:
     """
     histories = list(histories)
     names = list(dict.fromkeys(n for h in histories for n, _ in h.run.point))
+    scores = list(dict.fromkeys(n for h in histories for n in h.scores))
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow((*_FIRST, *names, *_LAST))
+        writer.writerow((*_FIRST, *names, *_LAST, *(_SCORE + n for n in scores)))
         for history in histories:
             side, point, seed = history.run
             values = dict(point)
             run = (*side, *(values.get(name, "") for name in names), seed)
             seconds = f"{history.seconds_per_step:.4g}" if history.seconds else ""
-            for step, loss, aligned in history.evaluations:
-                writer.writerow((*run, step, f"{loss:.6f}", f"{aligned:.4f}", seconds))
+            lines = [
+                [*run, step, f"{loss:.6f}", f"{aligned:.4f}", seconds]
+                for step, loss, aligned in history.evaluations
+            ]
             if history.diverged_at is not None:
-                writer.writerow((*run, history.diverged_at, "", "", seconds))
+                lines.append([*run, history.diverged_at, "", "", seconds])
+            lines[-1] += [_number(history.scores.get(name)) for name in scores]
+            padding = [""] * len(scores)
+            writer.writerows([*(line + padding for line in lines[:-1]), lines[-1]])
     partial.replace(path)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
 
 
 def read(path: Path) -> list[History]:
@@ -48,8 +62,11 @@ def read(path: Path) -> list[History]:
     runs: dict[Run, list[dict[str, str]]] = {}
     for row in rows:
         side = Side(row["optimizer"], row["caution"] == "True")
-        names = [name for name in row if name not in (*_FIRST, *_LAST) and row[name]]
-        point = tuple((name, row[name]) for name in names)
+        point = tuple(
+            (name, value)
+            for name, value in row.items()
+            if name not in (*_FIRST, *_LAST) and not name.startswith(_SCORE) and value
+        )
         runs.setdefault(Run(side, point, int(row["seed"])), []).append(row)
     return [_history(run, of_run) for run, of_run in runs.items()]
 
@@ -72,4 +89,9 @@ def _history(run: Run, rows: list[dict[str, str]]) -> History:
         evaluations=tuple(evaluations),
         seconds=(float(seconds),) if seconds else (),
         diverged_at=diverged[0] if diverged else None,
+        scores={
+            name.removeprefix(_SCORE): float(value)
+            for name, value in rows[-1].items()
+            if name.startswith(_SCORE) and value
+        },
     )

@@ -1,109 +1,148 @@
 """The runs of a question: those that choose the settings, then those compared."""
 
+import itertools
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.study import records
-from benchmarks.study.questions import TUNING_SEED, Question, Sweep
+from benchmarks.study.questions import TUNING_SEED, Arm, Question
 from examples.training import compare
-from examples.training.config import TrainConfig
-from examples.training.history import (
-    History,
-    Run,
-    Side,
-    read_history,
-)
+from examples.training.config import TrainConfig, with_settings
+from examples.training.history import Group, History, Point, Run, read_history
 
 Runs = dict[Run, TrainConfig[Any]]
 
 
+def run_of(arm: Arm, point: Point, seed: int) -> Run:
+    """Name the run of an arm at a point of the grid."""
+    return Run(arm.side, (*point, *arm.settings.items()), seed)
+
+
+def grid_of(question: Question, arm: Arm) -> Iterator[Point]:
+    """Yield the points at which an arm is tuned."""
+    grid = {**question.grid, **arm.grid}
+    for values in itertools.product(*grid.values()):
+        yield tuple(zip(grid, values, strict=True))
+
+
 def tuning_runs(question: Question) -> Runs:
-    """Lists the runs of all grids, with the tuning seed."""
-    runs: Runs = {}
-    for sweep in question.sweeps:
-        runs |= _plan(question, sweep, (TUNING_SEED,))
-    return runs
+    """List the runs of all arms on their grids, with the tuning seed."""
+    return _planned(
+        question,
+        [
+            run_of(arm, point, TUNING_SEED)
+            for arm in question.arms
+            for point in grid_of(question, arm)
+        ],
+    )
 
 
-def compared_runs(question: Question, histories: Sequence[History]) -> Runs:
-    """Lists the runs to compare: each side at its best, and with caution at the base's.
-
-    Args:
-        question: the question.
-        histories: those of all tuning runs.
-    """
-    runs: Runs = {}
-    for sweep in question.sweeps:
-        chosen = best_points(question, sweep, histories)
-        for side, point in chosen.items():
-            runs |= runs_at(question, side, point)
-            runs |= runs_at(question, side._replace(caution=True), point)
-    return runs
-
-
-def runs_at(question: Question, side: Side, point: Sweep) -> Runs:
-    """Lists the runs of a side at a point, with all seeds to compare."""
-    planned = _plan(question, point, question.seeds)
-    return {run: config for run, config in planned.items() if run.side == side}
-
-
-def best_points(
-    question: Question, sweep: Sweep, histories: Sequence[History]
-) -> dict[Side, Sweep]:
-    """Finds the point of a grid with the lowest loss, for each side.
+def compared_runs(question: Question, histories: Iterable[History]) -> Runs:
+    """List the runs to compare: each arm at its best, and some at another's best.
 
     Args:
         question: the question.
-        sweep: one of its grids.
-        histories: those of all tuning runs.
-
-    Returns:
-        For each side that did not diverge everywhere, the settings as a grid of one
-        point. Caution's own settings are among the base's, too, where they have no
-        effect.
+        histories: those of all tuning runs, at least.
     """
+    best = best_points(question, histories)
+    return _planned(
+        question,
+        [
+            run_of(arm, point, seed)
+            for arm in question.arms
+            for point in _compared_at(question, arm, best)
+            for seed in question.seeds
+        ],
+    )
+
+
+def best_points(question: Question, histories: Iterable[History]) -> dict[str, Point]:
+    """Find the point with the lowest validation loss for each arm, by its title.
+
+    Args:
+        question: the question.
+        histories: those of all tuning runs, at least.
+    """
+    losses = {history.run: history.final_loss for history in histories}
+    best: dict[str, Point] = {}
+    for arm in question.arms:
+        of_point = {
+            point: losses[run_of(arm, point, TUNING_SEED)]
+            for point in grid_of(question, arm)
+        }
+        point = min(of_point, key=of_point.__getitem__)
+        if np.isfinite(of_point[point]):  # Not where all of them diverged.
+            best[arm.title] = point
+    return best
+
+
+def group_at(
+    question: Question, arm: Arm, point: Point, histories: Iterable[History]
+) -> Group:
+    """Return the compared runs of an arm at a point, in order of the seeds."""
     found = {history.run: history for history in histories}
-    chosen: dict[Side, Sweep] = {}
-    lowest: dict[Side, float] = {}
-    for point in _points(sweep):
-        for run in _plan(question, point, (TUNING_SEED,)):
-            loss = found[run].final_loss
-            if loss < lowest.get(run.side, np.inf):
-                lowest[run.side], chosen[run.side] = loss, point
-    return chosen
+    return tuple(found[run_of(arm, point, seed)] for seed in question.seeds)
 
 
 def answer(question: Question, path: Path, work_dir: Path) -> bool:
-    """Trains what is missing in the file, which grows with each run.
+    """Train the runs that the file lacks, and adds each to it.
 
     Args:
         question: the question.
         path: the CSV.
-        work_dir: where the runs are, as long as they are trained.
+        work_dir: where runs are kept while they are trained.
 
     Returns:
-        Whether all have been trained; not so where a signal has come.
+        Whether all have been trained; False after a signal.
     """
     tuning = tuning_runs(question)
-    if not _train(tuning, tuning, path, work_dir):
+    if not _train(question, tuning, tuning, path, work_dir):
         return False
     compared = compared_runs(question, records.read(path))
-    return _train(compared, tuning | compared, path, work_dir)
+    return _train(question, compared, tuning | compared, path, work_dir)
 
 
-def _train(runs: Runs, order: Runs, path: Path, work_dir: Path) -> bool:
+def _compared_at(
+    question: Question, arm: Arm, best: Mapping[str, Point]
+) -> Iterator[Point]:
+    """Yield the best point of an arm, and where it is dropped in."""
+    titles = [arm.title, *arm.against[: question.drop_in]]
+    yield from dict.fromkeys(best[title] for title in titles if title in best)
+
+
+def _planned(question: Question, runs: Sequence[Run]) -> Runs:
+    planned: Runs = {}
+    for run in runs:
+        config = question.config
+        optimizer = replace(
+            config.optimizer,
+            optimizer=run.side.optimizer,
+            caution=run.side.caution,
+        )
+        config = replace(config, optimizer=optimizer, seed=run.seed)
+        planned[run] = with_settings(config, dict(run.point))
+    return planned
+
+
+def _train(
+    question: Question, runs: Runs, order: Iterable[Run], path: Path, work_dir: Path
+) -> bool:
+    """Train what is missing; arms at one point and seed take turns."""
     missing = {*runs} - {h.run for h in records.read(path)}
-    turns: dict[tuple[Any, ...], Runs] = {}
+    turns: dict[Any, Runs] = {}
     for run, config in runs.items():
         if run in missing:
-            turns.setdefault((run.point, run.seed), {})[run] = config
+            point = tuple((n, v) for n, v in run.point if n in question.grid)
+            turns.setdefault((point, run.seed), {})[run] = config
     done = len(runs) - len(missing)
     for together in turns.values():
         print(f"{path.stem}: {done} of {len(runs)} runs", flush=True)
+        compare.require_trainable(together, work_dir)
         if not compare.run_all(together, (), work_dir, together=True):
             return False
         found = {h.run: h for h in records.read(path)}
@@ -116,23 +155,9 @@ def _train(runs: Runs, order: Runs, path: Path, work_dir: Path) -> bool:
     return True
 
 
-def _in_order(found: Mapping[Run, History], order: Runs) -> list[History]:
-    """Sorts the runs as they are planned; those of an earlier plan stay, at the end."""
+def _in_order(found: Mapping[Run, History], order: Iterable[Run]) -> list[History]:
+    """Sort the runs as they are planned; those of an earlier plan come last."""
     places = {run: place for place, run in enumerate(order)}
     return sorted(
         found.values(), key=lambda history: places.get(history.run, len(places))
     )
-
-
-def _plan(question: Question, sweep: Sweep, seeds: Sequence[int]) -> Runs:
-    return compare.plan(question.optimizers, sweep, seeds, question.config)
-
-
-def _points(sweep: Sweep) -> Iterator[Sweep]:
-    if not sweep:
-        yield {}
-        return
-    *others, (name, values) = sweep.items()
-    for point in _points(dict(others)):
-        for value in values:
-            yield {**point, name: (value,)}

@@ -129,6 +129,9 @@ class OptimizerConfig:
     alignment: Literal["element", "leaf", "tree"] = "element"
     """Caution: the unit whose agreement is judged: each element, each leaf, or each
     tree (a layer, or everything outside the layers)."""
+    caution_on: Literal["update", "momentum"] = "update"
+    """Caution, of Muon: whether it masks the orthogonalized momentum, or the momentum
+    before it is orthogonalized."""
     cautious_decay: bool = False
     """Decay a weight only where that does not oppose its update. Works with caution and
     without it."""
@@ -180,6 +183,11 @@ class OptimizerConfig:
             f"decay_fraction is {self.decay_fraction}: with a warmup_fraction of "
             f"{self.warmup_fraction} they exceed the whole run",
         )
+        require(
+            self.caution_on == "update" or self.optimizer == "muon",
+            f"caution_on is {self.caution_on}: only Muon orthogonalizes its momentum; "
+            "give --optimizer muon",
+        )
         given = [
             f.name
             for f in fields(self)
@@ -194,7 +202,7 @@ class OptimizerConfig:
 RULE = ("opposed_weight", "min_fraction", "renormalize", "neutral", "alignment")
 """Settings of caution by the names that `optax_cautious` gives them."""
 
-OF_CAUTION = (*RULE, "exempt")
+OF_CAUTION = (*RULE, "caution_on", "exempt")
 """Settings that only a cautious optimizer has."""
 
 
@@ -368,6 +376,8 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
     if not config.caution:
         return row.base(1.0, **options)
     mask = _not_exempt(config.exempt) if config.exempt else None
+    if name == "muon":
+        options["caution_on"] = config.caution_on
     try:
         if row.cautious is not None:
             return row.cautious(1.0, **options, **config.rule, caution_mask=mask)
@@ -379,9 +389,9 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _direction_of_the_rest(config: OptimizerConfig) -> optax.GradientTransformation:
     """Makes the optimizer for everything outside the layers: AdamW in place of Muon."""
-    return _direction(
-        replace(config, optimizer="adamw") if config.optimizer == "muon" else config
-    )
+    if config.optimizer == "muon":
+        config = replace(config, optimizer="adamw", caution_on="update")
+    return _direction(config)
 
 
 def _not_exempt(exempt: tuple[str, ...]) -> Callable[[Any], Any]:

@@ -23,19 +23,28 @@ from examples.training.history import (
 )
 
 
-def plot(histories: Sequence[History], path: Path) -> None:
+def plot(
+    histories: Sequence[History],
+    path: Path,
+    curves: Sequence[History] | None = None,
+) -> None:
     """Draws the validation curves, and the final losses over what was swept.
 
     Each curve is that of a side's best point, the mean of all seeds in the range that
     they span. Beside it are the final losses over one swept setting, or over two as a
     map of colours for each side, on one scale.
+
+    Args:
+        histories: the runs.
+        path: the file to write.
+        curves: the runs whose curves to draw, where they are others.
     """
     swept = _swept(histories)
     sides = list(_colors(histories)) if len(swept) > 1 else []
     panels = 1 + (1 if len(swept) == 1 else len(sides))
     figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    _plot_curves(axes[0], histories)
+    _plot_curves(axes[0], histories if curves is None else curves)
     if len(swept) == 1:
         _plot_final_losses(axes[1], histories, *swept[0])
     elif swept:

@@ -1,5 +1,6 @@
 """The study: its files, its choice of settings, and the page made of them."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,26 +11,41 @@ for _module in ("grain", "orbax.checkpoint", "matplotlib", "tyro"):
 
 # ruff: noqa: E402
 
-from benchmarks.study import page, records
+from benchmarks.study import outcomes, page, records
 from benchmarks.study import run as study_run
-from benchmarks.study.questions import QUESTIONS, SEEDS, TUNING_SEED, Question
-from examples.training.config import TrainConfig
+from benchmarks.study.questions import (
+    QUESTIONS,
+    SEEDS,
+    SIZES,
+    TUNING_SEED,
+    Arm,
+    Question,
+)
+from examples.training.engine import make_engine
 from examples.training.history import Evaluation, History, Side
 
 DOCS = Path(__file__).parents[2] / "docs"
+BASE, CAUTIOUS = Side("adamw", False), Side("adamw", True)
 QUESTION = Question(
     "Does it help?",
     QUESTIONS["adamw"].config,
+    {"learning_rate": ("0.001", "0.002", "0.004")},
     (
-        {"learning_rate": ("1e-3", "2e-3", "4e-3")},
-        {"learning_rate": ("1e-3", "2e-3", "4e-3"), "neutral": ("follow",)},
+        Arm("AdamW", BASE),
+        Arm("cautious AdamW", CAUTIOUS, against=("AdamW",)),
+        Arm(
+            "follow",
+            CAUTIOUS,
+            {"neutral": "follow"},
+            {"learning_rate": ("0.002", "0.004")},
+            ("cautious AdamW", "AdamW"),
+        ),
     ),
 )
-BASE, CAUTIOUS = Side("adamw", False), Side("adamw", True)
 
 
 def loss_of(run):
-    """AdamW is best at 0.002, the published rule at 0.004, the other nowhere."""
+    """AdamW and its variant are best at 0.002, the published rule at 0.004."""
     point = dict(run.point)
     rate = float(point["learning_rate"])
     if run.side == BASE:
@@ -42,7 +58,9 @@ def loss_of(run):
 def history(run, diverged_at=None):
     loss = round(loss_of(run), 6)  # As many digits as a file has.
     evaluations = (Evaluation(300, loss + 0.5, 0.625), Evaluation(600, loss, 0.5))
-    return History(run, (), evaluations, (0.25,), diverged_at)
+    seconds = (0.5 if run.side == CAUTIOUS else 0.4,)
+    scores = {} if diverged_at else {"accuracy": round(loss / 10, 6)}
+    return History(run, (), evaluations, seconds, diverged_at, scores)
 
 
 def answered(question=QUESTION):
@@ -54,76 +72,130 @@ def answered(question=QUESTION):
 def test_what_is_written_is_read(tmp_path):
     histories = answered()
     diverged = replace(
-        histories[0],
-        run=histories[0].run._replace(seed=9),
+        history(histories[0].run._replace(seed=9), diverged_at=420),
         evaluations=histories[0].evaluations[:1],
-        diverged_at=420,
     )
     records.write([*histories, diverged], tmp_path / "a.csv")
     assert records.read(tmp_path / "a.csv") == [*histories, diverged]
     assert records.read(tmp_path / "absent.csv") == []
 
 
-def test_each_side_is_compared_at_its_best_and_caution_at_the_bases():
+def test_each_arm_is_compared_at_its_best_and_at_that_of_the_first():
     tuning = [history(run) for run in study_run.tuning_runs(QUESTION)]
-    assert len(tuning) == 9  # The base has no setting of caution.
+    assert len(tuning) == 3 + 3 + 2
     assert {h.run.seed for h in tuning} == {TUNING_SEED}
     runs = study_run.compared_runs(QUESTION, tuning)
     points = {(run.side, run.point) for run in runs}
-    assert points == {
+    own = {
         (BASE, (("learning_rate", "0.002"),)),
-        (CAUTIOUS, (("learning_rate", "0.002"),)),
         (CAUTIOUS, (("learning_rate", "0.004"),)),
         (CAUTIOUS, (("learning_rate", "0.002"), ("neutral", "follow"))),
     }
+    dropped_in = {
+        (CAUTIOUS, (("learning_rate", "0.002"),)),
+        (CAUTIOUS, (("learning_rate", "0.004"), ("neutral", "follow"))),
+    }
+    assert points == own | dropped_in
     assert {run.seed for run in runs} == {*SEEDS}
-    assert len(runs) == 4 * len(SEEDS)
+    runs = study_run.compared_runs(replace(QUESTION, drop_in=False), tuning)
+    assert {(run.side, run.point) for run in runs} == own
+
+
+def test_a_run_has_the_settings_of_its_arm_and_of_its_point():
+    runs = study_run.tuning_runs(QUESTION)
+    for run, config in runs.items():
+        optimizer = config.optimizer
+        assert optimizer.caution == run.side.caution
+        assert f"{config.learning_rate:g}" == dict(run.point)["learning_rate"]
+        assert (optimizer.neutral == "follow") == ("neutral" in dict(run.point))
+        assert config.seed == TUNING_SEED
+        assert config.task == QUESTION.config.task
+
+
+def test_an_arm_that_diverges_everywhere_is_said_to():
+    histories = [
+        replace(h, diverged_at=7, scores={}) if h.run.side == BASE else h
+        for h in map(history, study_run.tuning_runs(QUESTION))
+    ]
+    compared = study_run.compared_runs(QUESTION, histories)
+    assert BASE not in {run.side for run in compared}
+    histories += map(history, compared)
+    assert "diverged at every point" in page.table(QUESTION, histories)
 
 
 def test_the_table_says_what_the_intervals_show():
-    lines = page.table(page.comparisons(QUESTION, answered())).splitlines()
-    base, drop_in, own, follow = lines[2:]
-    assert "AdamW" in base
+    lines = page.table(QUESTION, answered()).splitlines()
+    base, drop_in, own, dropped, follow, follow_base = lines[2:]
+    assert "| AdamW" in base
+    assert "3.0120 (3.0000 to 3.0200)" in base
     assert "learning rate 0.002" in drop_in
-    assert "no difference" not in own
+    assert "+0.0000 (+0.0000 to +0.0000)" in drop_in
+    assert "no difference seen" in drop_in
     # Paired by seed, the published rule differs by the same with every seed.
     assert "-0.2000 (-0.2000 to -0.2000)" in own
     assert "better" in own
-    assert "no difference seen" in follow
+    assert "worse" in dropped
+    assert "worse" in follow
+    assert "not reached with 5 of 5 seeds" in follow
+    assert "no difference seen" in follow_base
+
+
+def test_a_higher_score_is_better():
+    question = replace(QUESTION, score="accuracy", drop_in=False)
+    own = page.table(question, answered(question)).splitlines()[3]
+    assert "-0.0200 (-0.0200 to -0.0200)" in own
+    assert "worse" in own
 
 
 def test_a_question_without_all_its_runs_is_not_answered(tmp_path):
     histories = answered()
-    assert page.is_answered(QUESTION, histories)
-    assert not page.is_answered(QUESTION, histories[:-1])
-    assert not page.is_answered(QUESTION, histories[1:])
+    assert outcomes.is_answered(QUESTION, histories)
+    assert not outcomes.is_answered(QUESTION, histories[:-1])
 
 
 def test_a_best_point_at_the_edge_is_said():
-    lines = page.edges(QUESTION, answered())
+    lines = outcomes.edges(QUESTION, answered())
     assert lines == [
         "The best learning rate for cautious AdamW, 0.004, is the largest that was "
-        "tried."
+        "tried.",
+        "The best learning rate for follow, 0.002, is the smallest that was tried.",
     ]
 
 
+def test_good_points_are_counted():
+    base, cautious, _ = outcomes.robustness(QUESTION, answered())
+    # Of AdamW 3.1, 3.0 and 3.2; of the published rule 3.1, 3.0 and 2.8.
+    assert base[1:] == (3.0, 1, 0, 3)
+    assert cautious[1:] == (2.8, 1, 1, 3)
+
+
+def test_times_are_compared_of_runs_that_took_turns():
+    cautious, follow = outcomes.time_ratios(QUESTION, answered())
+    assert cautious[2:] == (1.25, 1.25, 1.25, 3)
+    assert follow[2:] == (1.0, 1.0, 1.0, 2)
+    assert follow.other.title == "cautious AdamW"
+
+
 def test_runs_are_trained_once_and_kept_in_order(tmp_path, monkeypatch):
-    trained = []
+    trained, groups = [], []
 
     def run_all(runs, swept, directory, together):
+        assert together
+        groups.append([*runs])
         for run in runs:
             trained.append(run)
             (directory / run.name).mkdir()
-        return len(trained) < 8 or stopped
+        return len(trained) < 8 or not stopping
 
-    stopped = False
+    stopping = True
     monkeypatch.setattr(study_run.compare, "run_all", run_all)
     monkeypatch.setattr(study_run, "read_history", lambda run, _: history(run))
     path = tmp_path / "a.csv"
     assert not study_run.answer(QUESTION, path, tmp_path)
-    before = len(records.read(path))
-    assert 0 < before < 9
-    stopped = True
+    assert len(records.read(path)) == 5  # Of three points, the last was stopped.
+    # Those of one point and seed take turns.
+    assert [len(runs) for runs in groups] == [2, 3, 3]
+    stopping = False
     for directory in tmp_path.iterdir():
         if directory.is_dir():
             directory.rmdir()
@@ -137,14 +209,45 @@ def test_runs_are_trained_once_and_kept_in_order(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_question_can_be_planned(name):
-    runs = study_run.tuning_runs(QUESTIONS[name])
-    assert all(isinstance(config, TrainConfig) for config in runs.values())
-    sides = {run.side.caution for run in runs}
-    assert sides == {False, True}
+    question = QUESTIONS[name]
+    titles = [arm.title for arm in question.arms]
+    assert len({*titles}) == len(titles)
+    assert all({*arm.against} <= {*titles} for arm in question.arms)
+    assert not question.arms[0].against
+    configs = {}
+    for run, config in study_run.tuning_runs(question).items():
+        make_engine(config)
+        assert configs.setdefault(str(config), run) == run
+    assert len(question.seeds) > 1
+    assert TUNING_SEED not in question.seeds
 
 
-def test_the_page_is_that_of_the_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "RESULTS", tmp_path)
-    page.draw(DOCS / "results", tmp_path / "results.md")
+def test_a_page_of_answers_is_drawn(tmp_path, monkeypatch):
+    """Of made-up runs of every kind of section."""
+    two = replace(QUESTION, arms=QUESTION.arms[:2])
+    questions = {"three": QUESTION, "score": replace(QUESTION, score="accuracy")}
+    questions |= {name: two for name in SIZES[:2]}
+    monkeypatch.setattr(page, "QUESTIONS", questions)
+    for name, question in questions.items():
+        records.write(answered(question), tmp_path / f"{name}.csv")
+    page.draw(tmp_path, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    assert "Not answered yet" not in text
+    figures = {path.stem for path in tmp_path.glob("*.png")}
+    assert figures == {*questions, "sizes"}
+    for title in ("In short", "Does it grow or shrink with size?", "In time, not"):
+        assert f"## {title}" in text
+    # The same files make the same page and figures, to the byte.
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    page.draw(tmp_path, tmp_path / "results.md")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_page_is_that_of_the_files(tmp_path):
+    for path in (DOCS / "results").glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    page.draw(tmp_path, tmp_path / "results.md")
     text = (tmp_path / "results.md").read_text()
     assert text == (DOCS / "results.md").read_text()

@@ -351,6 +351,34 @@ def test_settings_go_by_the_optimizers_own_names(name, theirs):
     close(layer(params["blocks"], 0), expected, rtol=1e-3)
 
 
+def test_muon_masks_its_momentum_in_the_layers_alone():
+    config = OptimizerConfig(
+        **named("cautious_muon"),
+        caution_on="momentum",
+        learning_rate=1.0,
+        schedule="constant",
+        warmup_fraction=0.0,
+        max_grad_norm=None,
+    )
+    params, _ = descend(make_optimizer(config, STEPS), PARAMS, GRADIENTS)
+    muon = optax_cautious.cautious_muon(1.0, consistent_rms=0.2, caution_on="momentum")
+    for i in range(2):
+        block, gradients = layer(PARAMS["blocks"], i), layer(GRADIENTS["blocks"], i, 1)
+        expected, _ = descend(muon, block, gradients)
+        close(layer(params["blocks"], i), expected, rtol=1e-3, atol=1e-5)
+    rest, rest_gradients = (
+        {name: tree[name] for name in ("embedding", "logits")}
+        for tree in (PARAMS, GRADIENTS)
+    )
+    adamw = optax_cautious.cautious_adamw(1.0, weight_decay=0.0)
+    expected, _ = descend(adamw, rest, rest_gradients)
+    close({name: params[name] for name in rest}, expected)
+    whole = replace(config, caution_on="update")
+    other, _ = descend(make_optimizer(whole, STEPS), PARAMS, GRADIENTS)
+    kernels = (p["blocks"]["query"]["kernel"] for p in (params, other))
+    assert not np.allclose(*kernels, rtol=1e-2)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_has_something_to_be_cautious_about(name):
     """And one state, with caution and without, whatever is exempt."""
@@ -386,6 +414,8 @@ def test_every_optimizer_has_something_to_be_cautious_about(name):
             {"opposed_weight": 0.1},
             "opposed_weight: only caution has these settings",
         ),
+        ("cautious_lion", {"caution_on": "momentum"}, "caution_on .* --optimizer muon"),
+        ("muon", {"caution_on": "momentum"}, "caution_on: only caution has"),
         ("lamb", {"exempt": ("w",)}, "exempt: only caution .* give --caution$"),
         ("adam", {}, "optimizer is 'adam': choose one of adamw, lion, sgd"),
     ],

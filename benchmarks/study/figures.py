@@ -1,0 +1,79 @@
+"""The figures of the study."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.study.outcomes import Comparison
+
+
+def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> None:
+    """Plot the difference of each comparison with its interval.
+
+    There is a panel for each arm that others are compared with.
+
+    Args:
+        compared: the comparisons.
+        path: the file to write.
+        what: what differs, for the axis.
+    """
+    others = list(dict.fromkeys(c.other.title for c in compared))
+    arms = list(dict.fromkeys(c.arm.title for c in compared))
+    size = 3 + 4 * len(others), 1.2 + 0.4 * len(arms)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(others), sharey=True, squeeze=False)[0]
+    for panel, other in zip(panels, others, strict=True):
+        for comparison in compared:
+            if comparison.other.title != other or comparison.dropped_in:
+                continue
+            mean, low, high = comparison.difference
+            panel.errorbar(
+                mean,
+                arms.index(comparison.arm.title),
+                xerr=[[mean - low], [high - mean]],
+                fmt="o",
+                color="C7" if comparison.verdict == "no difference seen" else "C0",
+                capsize=3,
+            )
+        panel.axvline(0, color="black", linewidth=1)
+        panel.set_title(f"against {other}", fontsize="medium")
+        panel.set_xlabel(f"difference in {what}")
+        panel.grid(alpha=0.25, axis="x")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
+def plot_sizes(compared: Sequence[tuple[int, Comparison]], path: Path) -> None:
+    """Plot what caution gains over the size of the model.
+
+    Args:
+        compared: parameters, and the comparison of a model with so many.
+        path: the file to write.
+    """
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for count, comparison in compared:
+        mean, low, high = comparison.difference
+        left.errorbar(
+            count,
+            mean,
+            yerr=[[mean - low], [high - mean]],
+            fmt="o",
+            color="C0",
+            capsize=3,
+        )
+        reached = [ratio for ratio in comparison.ratios if ratio is not None]
+        right.plot([count] * len(reached), reached, "o", color="C0", alpha=0.6)
+    left.axhline(0, color="black", linewidth=1)
+    left.set_ylabel("difference in validation loss")
+    right.axhline(1, color="black", linewidth=1)
+    right.set_ylabel("ratio of steps, each seed")
+    for panel in (left, right):
+        panel.set_xscale("log")
+        panel.set_xlabel("parameters")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,214 @@
+"""What the runs of a question show: differences, ratios of steps, and times."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.study.questions import TUNING_SEED, Arm, Question
+from benchmarks.study.run import (
+    best_points,
+    compared_runs,
+    grid_of,
+    group_at,
+    run_of,
+    tuning_runs,
+)
+from examples.training.history import (
+    Group,
+    History,
+    Interval,
+    by_seed,
+    paired_difference,
+    speed_up,
+)
+
+NEAR = 0.05
+"""How near to the best loss a point has to be to count as good."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm and another one, trained with the same seeds."""
+
+    arm: Arm
+    other: Arm
+    own: Group
+    """The runs of the arm."""
+    others: Group
+    """Those of the other at its best."""
+    dropped_in: bool
+    """Whether the arm is at the other's best point, and not at its own."""
+    score: str
+    """What is compared; empty for the validation loss."""
+
+    @property
+    def difference(self) -> Interval:
+        """The mean of arm - other over the seeds; negative losses are better."""
+        pairs = by_seed(self.others, self.own)
+        return paired_difference(
+            [outcome(other, self.score) for other, _ in pairs],
+            [outcome(own, self.score) for _, own in pairs],
+        )
+
+    @property
+    def verdict(self) -> str:
+        """What the interval shows, in words."""
+        _, low, high = self.difference
+        if not (low > 0 or high < 0):  # Nor where a run diverged.
+            return "no difference seen"
+        return "better" if (low > 0) == bool(self.score) else "worse"
+
+    @property
+    def ratios(self) -> list[float | None]:
+        """For each seed, the other's steps over those to reach its final loss."""
+        return [speed_up(other, own) for other, own in by_seed(self.others, self.own)]
+
+
+def outcome(history: History, score: str) -> float:
+    """Return what is compared of a run: a score, or its final validation loss."""
+    if not score:
+        return history.final_loss
+    return history.scores.get(score, float("nan"))
+
+
+def is_answered(question: Question, histories: Sequence[History]) -> bool:
+    """Return whether all runs of a question are there."""
+    found = {history.run for history in histories}
+    return (
+        tuning_runs(question).keys() <= found
+        and compared_runs(question, histories).keys() <= found
+    )
+
+
+def compare_all(question: Question, histories: Sequence[History]) -> list[Comparison]:
+    """Compare each arm with those it is to be compared with.
+
+    Args:
+        question: the question.
+        histories: those of all its runs.
+    """
+    arms = {arm.title: arm for arm in question.arms}
+    best = best_points(question, histories)
+    comparisons: list[Comparison] = []
+    for arm in question.arms:
+        for title in arm.against:
+            if not {arm.title, title} <= best.keys():
+                continue
+            points = [best[arm.title]]
+            if question.drop_in and title == arm.against[0]:
+                points.insert(0, best[title])
+            others = group_at(question, arms[title], best[title], histories)
+            comparisons += [
+                Comparison(
+                    arm,
+                    arms[title],
+                    group_at(question, arm, point, histories),
+                    others,
+                    point != best[arm.title],
+                    question.score,
+                )
+                for point in dict.fromkeys(points)
+            ]
+    return comparisons
+
+
+class Robustness(NamedTuple):
+    """How many points of a grid are nearly as good as the best."""
+
+    arm: Arm
+    best: float
+    """The lowest loss, with the tuning seed."""
+    near_own: int
+    """Points within ``NEAR`` of it."""
+    near_all: int
+    """Points within ``NEAR`` of the lowest loss of all arms."""
+    points: int
+
+
+def robustness(question: Question, histories: Sequence[History]) -> list[Robustness]:
+    """Count the good points of each arm's grid, with the tuning seed."""
+    losses = {history.run: history.final_loss for history in histories}
+    of_arm = {
+        arm.title: np.array(
+            [
+                losses[run_of(arm, point, TUNING_SEED)]
+                for point in grid_of(question, arm)
+            ]
+        )
+        for arm in question.arms
+    }
+    lowest = min(own.min() for own in of_arm.values())
+    return [
+        Robustness(
+            arm,
+            float(own.min()),
+            int((own <= own.min() + NEAR).sum()),
+            int((own <= lowest + NEAR).sum()),
+            len(own),
+        )
+        for arm in question.arms
+        for own in [of_arm[arm.title]]
+    ]
+
+
+def edges(question: Question, histories: Sequence[History]) -> list[str]:
+    """Report the best points that lie at the edge of what was tried."""
+    lines = []
+    for title, point in best_points(question, histories).items():
+        arm = next(arm for arm in question.arms if arm.title == title)
+        grid = {**question.grid, **arm.grid}
+        for name, value in point:
+            values = sorted(map(float, grid[name]))
+            if len(values) > 1 and float(value) in (values[0], values[-1]):
+                end = "smallest" if float(value) == values[0] else "largest"
+                lines.append(
+                    f"The best {name.replace('_', ' ')} for {title}, {value}, is the "
+                    f"{end} that was tried."
+                )
+    return lines
+
+
+class TimeRatio(NamedTuple):
+    """The time of an arm's step over that of another's, in turns."""
+
+    arm: Arm
+    other: Arm
+    median: float
+    low: float
+    high: float
+    """The quartiles."""
+    pairs: int
+
+
+def time_ratios(question: Question, histories: Sequence[History]) -> list[TimeRatio]:
+    """Compare the seconds a step of arms that took turns in one process.
+
+    Those are the tuning runs at the same point.
+    """
+    seconds = {h.run: h.seconds_per_step for h in histories if h.seconds}
+    arms = {arm.title: arm for arm in question.arms}
+    found = []
+    for arm in question.arms:
+        for title in arm.against[:1]:
+            own_points = {*grid_of(question, arm)}
+            ratios = [
+                seconds[own] / seconds[other]
+                for point in grid_of(question, arms[title])
+                if point in own_points
+                for own, other in [
+                    (
+                        run_of(arm, point, TUNING_SEED),
+                        run_of(arms[title], point, TUNING_SEED),
+                    )
+                ]
+                if own in seconds and other in seconds
+            ]
+            if len(ratios) > 1:
+                low, median, high = statistics.quantiles(ratios, method="inclusive")
+                found.append(
+                    TimeRatio(arm, arms[title], median, low, high, len(ratios))
+                )
+    return found
