@@ -1,15 +1,5 @@
-# Each target sets itself up: a virtual environment in .venv, with what it needs.
-#
-#   make demo    train the same small Llama with AdamW and with cautious AdamW
-#   make mae     the same with a small masked autoencoder, on glyphs
-#   make glue    fine-tune the demo's models on two tasks, each with both, five seeds
-#   make test    run the tests, the docstrings' and the README's examples among them
-#   make lint    ruff and mypy
-#   make costs   what caution costs, by the TPU's compiler and on this machine's CPU
-#   make peers   times beside PyTorch's and timm's optimizers and transformers' Llama
-#   make study   train what the study still lacks (hours), and draw docs/results.md
-#   make results draw docs/results.md from the files in docs/results
-#   make sweep   the demo's comparison at four learning rates (a quarter of an hour)
+# Each target sets itself up in a virtual environment, .venv, with what it needs.
+# `make help` lists them.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,21 +17,24 @@ TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 PRETRAINED := outputs/llama/comparison
 DEMO := learning_rate=0.002-seed0
 
-.PHONY: demo sweep mae glue quadratic study results costs peers test test-library test-floor test-tpu test-parity \
-  lint clean
+.PHONY: help demo sweep mae glue quadratic study results costs peers test test-library \
+  test-floor test-tpu test-parity lint docs screenshots dist clean
 
-demo: $(VENV)/.examples
+help:  ## list the targets
+	@awk -F ':.*##  *' '/^[a-z-]+:.*##/ { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.examples  ## train the same small Llama with AdamW and with cautious AdamW (5 minutes)
 	$(TRAIN) -m examples.llama compare
 
-sweep: $(VENV)/.examples
+sweep: $(VENV)/.examples  ## the demo's comparison at four learning rates (20 minutes)
 	$(TRAIN) -m examples.llama compare --sweep learning_rate=1e-3,2e-3,4e-3,8e-3 \
 	  --output-dir outputs/llama/sweep
 
-mae: $(VENV)/.examples
+mae: $(VENV)/.examples  ## the same comparison with a small masked autoencoder (5 minutes)
 	$(TRAIN) -m examples.mae compare
 
 # The demo's two models, each fine-tuned with and without caution.
-glue: $(VENV)/.examples
+glue: $(VENV)/.examples  ## fine-tune the demo's models on two tasks, with five seeds (10 minutes)
 	$(TRAIN) -m examples.llama compare
 	for task in package docstring; do \
 	  $(TRAIN) -m examples.glue compare --preset $$task --seeds 0 1 2 3 4 \
@@ -49,19 +42,21 @@ glue: $(VENV)/.examples
 	    --output-dir outputs/glue/$$task || exit; \
 	done
 
-quadratic: $(VENV)/.examples
+quadratic: $(VENV)/.examples  ## draw the paper's toy problem
 	$(BIN)/python -m examples.quadratic
 
-study: $(VENV)/.examples
+# The question on fine-tuning starts from the demo's models.
+study: $(VENV)/.examples  ## train what the study still lacks (hours), and draw docs/results.md
+	$(TRAIN) -m examples.llama compare
 	$(TRAIN) -m benchmarks.study run
 	@$(MAKE) --no-print-directory results
 
-results: $(VENV)/.examples
+results: $(VENV)/.examples  ## draw docs/results.md from the files in docs/results
 	$(BIN)/python -m benchmarks.study draw
 
 # The TPU's compiler has an environment of its own: where it is installed, JAX looks for
 # a TPU whenever it starts.
-costs: $(VENV)/.examples
+costs: $(VENV)/.examples  ## what caution costs, by the TPU's compiler and on this CPU
 	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.examples
 	$(BIN)/python -m benchmarks.cpu
 	XLA_FLAGS=--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED \
@@ -72,37 +67,52 @@ costs: $(VENV)/.examples
 	.venv-tpu/bin/python -m benchmarks.tpu
 	.venv-tpu/bin/python -m benchmarks.training_step tpu
 
-peers: $(VENV)/.examples $(VENV)/.peers $(VENV)/.parity
+peers: $(VENV)/.examples $(VENV)/.peers $(VENV)/.parity  ## times beside PyTorch's and timm's optimizers and transformers' Llama
 	$(BIN)/python -m benchmarks.peers
 	$(TRAIN) -m benchmarks.llama
 
-test: $(VENV)/.examples $(VENV)/.hf $(VENV)/.test
+test: $(VENV)/.examples $(VENV)/.hf $(VENV)/.test  ## run all tests, with the docstrings' and the documentation's examples
 	$(BIN)/$(PYTEST)
 
-# Without the examples and what they install.
-test-library: $(VENV)/.test
+test-library: $(VENV)/.test  ## run the library's tests alone
 	$(BIN)/$(PYTEST) --ignore tests/examples
 
-# The library on the oldest JAX and Optax that it declares.
-test-floor:
-	$(PYTHON) -m venv .venv-floor
+test-floor:  ## run the library's tests on the oldest JAX and Optax it declares
+	@$(MAKE) --no-print-directory VENV=.venv-floor .venv-floor/bin/pip
 	.venv-floor/bin/pip install --quiet --disable-pip-version-check \
 	  --editable '.[test]' jax==0.7.0 jaxlib==0.7.0 optax==0.2.8
 	.venv-floor/bin/$(PYTEST) --ignore tests/examples
 
-test-tpu:
+test-tpu:  ## test what the TPU's compiler makes of a step; no TPU is needed
 	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.test .venv-tpu/.examples
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_tpu.py
 
-# What the examples export, in transformers and PyTorch.
-test-parity: $(VENV)/.examples $(VENV)/.test $(VENV)/.parity
+test-parity: $(VENV)/.examples $(VENV)/.test $(VENV)/.parity  ## test exported models in transformers and PyTorch
 	$(BIN)/python -m pytest tests/examples/test_llama_export.py \
 	  tests/examples/test_mae_export.py tests/examples/test_glue_export.py
 
-lint: $(VENV)/.examples $(VENV)/.lint
+lint: $(VENV)/.examples $(VENV)/.lint  ## run ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## build the site in build/docs; the notebook runs (2 minutes)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+
+# Chromium has to be installed: apt install chromium.
+screenshots: docs $(VENV)/.screenshots  ## photograph every page of the site, narrow and wide
+	$(BIN)/python docs/screenshots.py
+
+# The wheel is built from the source distribution. It is installed where nothing else is,
+# and passes the docstrings' examples there.
+dist: $(VENV)/.dist  ## build the distribution, check it, and install it in an empty environment
+	rm -rf dist build/dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/dist
+	build/dist/bin/pip install --quiet --disable-pip-version-check dist/*.whl pytest
+	cd build/dist && bin/python -m pytest --quiet --doctest-modules --pyargs optax_cautious \
+	  -c /dev/null --rootdir .
 
 $(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
 	@echo "Installing what '$*' needs into $(VENV) (a minute or two) ..."
@@ -114,5 +124,5 @@ $(VENV)/bin/pip:
 	  "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...")'
 	@$(PYTHON) -m venv $(VENV)
 
-clean:
+clean:  ## remove the environments and all that was built
 	rm -rf .venv .venv-floor .venv-newest .venv-tpu .jax_cache build outputs

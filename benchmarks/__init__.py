@@ -1,5 +1,5 @@
-"""What caution costs: by the TPU's compiler, on the CPU's clock, and beside others.
+"""Benchmarks of what caution costs, in memory traffic, memory and time.
 
-Each module is a program: ``python -m benchmarks.tpu``, ``cpu``, ``growth``, ``peers``,
-``training_step`` and ``llama``. ``docs/performance.md`` says what they print.
+The commands are ``python -m benchmarks.tpu``, ``cpu``, ``growth``, ``tracing``,
+``peers``, ``training_step`` and ``llama``. ``docs/performance.md`` reports the results.
 """

@@ -1,7 +1,7 @@
-"""What a step costs on this machine's CPU: optimizers with caution and without.
+"""The cost of an optimizer step on this machine's CPU, with and without caution.
 
-``python -m benchmarks.cpu`` times each cautious optimizer against its base, the two in
-turns, and prints the medians and how much memory the step takes for temporaries.
+``python -m benchmarks.cpu`` times each cautious optimizer and its base in turns, and
+prints the median times and the temporary memory of a step.
 """
 
 import statistics
@@ -24,11 +24,11 @@ PAIRS = [
 
 
 def main(model: Literal["1M", "10M", "58M", "200M"] = "58M", rounds: int = 30) -> None:
-    """Print what caution costs on this machine.
+    """Print the cost of caution on this machine's CPU.
 
     Args:
-        model: the Llama whose shapes the leaves have, in float32.
-        rounds: steps of each optimizer that are timed.
+        model: the Llama whose parameter shapes to use, in float32.
+        rounds: number of timed steps per optimizer.
     """
     shapes = LLAMAS[model]
     array = 4 * count(shapes)
@@ -52,11 +52,11 @@ def main(model: Literal["1M", "10M", "58M", "200M"] = "58M", rounds: int = 30) -
             )
     print(
         f"{count(shapes) / 1e6:.1f} million float32 parameters, jax {jax.__version__} "
-        f"on {jax.devices()[0].device_kind}; times in ms, temporaries in arrays of all "
-        "parameters.\n"
+        f"on {jax.devices()[0].device_kind}; times in ms per step, temporaries in "
+        "multiples of the parameters' size.\n"
     )
-    header = ("optimizer", "base", "time", "base's", "ratio (quartiles)")
-    print(markdown_table(rows, (*header, "temporaries", "base's")))
+    header = ("optimizer", "base", "time", "base time", "ratio (quartiles)")
+    print(markdown_table(rows, (*header, "temporaries", "base temporaries")))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How the cost grows with the model, on this machine's CPU.
+"""How the cost of a step scales with model size, on this machine's CPU.
 
 ``python -m benchmarks.growth`` times optax.adamw, cautious_adamw and the chain on the
-shapes of four Llamas, and draws the time of a step and its temporary memory.
+parameter shapes of four Llamas, and plots the time and temporary memory of a step.
 """
 
 import statistics
@@ -23,19 +23,19 @@ COLORS = {BASE: "tab:gray", OTHERS[0]: "tab:blue", OTHERS[1]: "tab:orange"}
 def draw(
     sizes: list[int], times: dict[str, list[float]], memory: dict[str, list[int]]
 ) -> Figure:
-    """Draws seconds and bytes over the number of parameters."""
+    """Plot times in ms and temporaries in bytes against the number of parameters."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, color in COLORS.items():
         left.loglog(sizes, times[name], "o-", color=color, label=name)
-        # A base that takes a few bytes would make the logarithm's axis all empty.
+        # The few bytes that a base needs would stretch the log axis.
         if max(memory[name]) > 1e3:
             megabytes = [b / 1e6 for b in memory[name]]
             right.loglog(sizes, megabytes, "o-", color=color, label=name)
     parameters = [4e-6 * size for size in sizes]
-    right.loglog(sizes, parameters, ":", color="black", label="the parameters")
-    left.set(xlabel="parameters", ylabel="ms a step")
-    right.set(xlabel="parameters", ylabel="MB of temporaries")
+    right.loglog(sizes, parameters, ":", color="black", label="parameters")
+    left.set(xlabel="parameters", ylabel="ms per step")
+    right.set(xlabel="parameters", ylabel="temporaries, MB")
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -43,11 +43,11 @@ def draw(
 
 
 def main(rounds: int = 20, picture: Path = Path("outputs/growth.png")) -> None:
-    """Print and draw how the cost of a step grows.
+    """Print and plot how the cost of a step scales with model size.
 
     Args:
-        rounds: steps of each optimizer that are timed.
-        picture: where the plot goes.
+        rounds: number of timed steps per optimizer.
+        picture: file for the plot.
     """
     sizes, rows = [], []
     times: dict[str, list[float]] = {name: [] for name in COLORS}
@@ -67,14 +67,14 @@ def main(rounds: int = 20, picture: Path = Path("outputs/growth.png")) -> None:
                 row.append(f"{times[name][-1]:.1f} ({pair.ratio:.2f})")
                 row.append(f"{memory[name][-1] / 1e6:.1f} MB")
             rows.append(row)
-    print(f"float32, jax {jax.__version__}; ms a step (ratio) and temporaries.\n")
+    print(f"float32, jax {jax.__version__}; ms per step (ratio) and temporaries.\n")
     header = ["parameters", BASE]
     for name in OTHERS:
         header += [name, "temporaries"]
     print(markdown_table(rows, header))
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(sizes, times, memory).savefig(picture, dpi=150)
-    print(f"picture: {picture}")
+    print(f"Wrote {picture}")
 
 
 if __name__ == "__main__":

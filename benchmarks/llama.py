@@ -1,8 +1,8 @@
-"""The demo's training step beside that of transformers' Llama in PyTorch.
+"""The demo's training step compared with transformers' Llama in PyTorch.
 
 ``python -m benchmarks.llama`` trains the same architecture on the same batch with AdamW
-in both, a step of each in turns, on this machine's CPU. It needs the extras
-``examples`` and ``parity``.
+in both frameworks, in turns, on this machine's CPU. It needs the ``examples`` and
+``parity`` extras.
 """
 
 import os
@@ -29,7 +29,7 @@ class TorchStepper:
     """A PyTorch model with its optimizer and one batch."""
 
     def __init__(self, task: LlamaTask, tokens: np.ndarray) -> None:
-        """Makes the model, with random weights."""
+        """Build the model with random weights."""
         torch.manual_seed(0)
         settings = {
             **to_config(task.model, task.data.sequence_length, end=0),
@@ -43,7 +43,7 @@ class TorchStepper:
         self.tokens = torch.tensor(tokens.astype(np.int64))
 
     def __call__(self) -> None:
-        """Takes a step, with gradients clipped as the demo's are."""
+        """Take a step, with gradients clipped as in the demo."""
         inputs, targets = self.tokens[:, :-1], self.tokens[:, 1:]
         logits = self.model(input_ids=inputs).logits
         loss = torch.nn.functional.cross_entropy(
@@ -56,11 +56,11 @@ class TorchStepper:
 
 
 def main(rounds: int = 100, threads: int | None = None) -> None:
-    """Print the tokens per second of both.
+    """Print the tokens per second of both frameworks.
 
     Args:
-        rounds: steps of each that are timed.
-        threads: of PyTorch; as many as there are cores unless given.
+        rounds: number of timed steps per framework.
+        threads: number of PyTorch threads. Default: the number of cores.
     """
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     demo = PRESETS["demo"]
@@ -79,11 +79,11 @@ def main(rounds: int = 100, threads: int | None = None) -> None:
         f"{jax.__version__}, flax {version('flax')}, Python "
         f"{platform.python_version()}.\n"
     )
-    print(markdown_table(rows, ("", "ms a step", "tokens per second")))
+    print(markdown_table(rows, ("", "ms per step", "tokens per second")))
     low, high = (1 / ratio for ratio in pair.quartiles[::-1])
     print(
-        f"\nexamples/llama does {1 / pair.ratio:.2f} of the tokens of transformers in "
-        f"the same time (quartiles {low:.2f} to {high:.2f})."
+        "\nThroughput of examples/llama relative to transformers: "
+        f"{1 / pair.ratio:.2f} (quartiles {low:.2f} to {high:.2f})."
     )
 
 

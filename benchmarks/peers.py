@@ -1,8 +1,8 @@
-"""What a step costs beside other libraries' optimizers, on this machine's CPU.
+"""The cost of a step compared with other libraries, on this machine's CPU.
 
-``python -m benchmarks.peers`` times AdamW of torch, timm and optax, and timm's and this
-library's cautious AdamW, in one process, all taking turns. It prints a table and draws
-it. ``pip install -e '.[peers]'`` installs what it needs.
+``python -m benchmarks.peers`` times the AdamW of torch, timm and Optax and the cautious
+AdamW of timm and of this library, in turns in one process. It prints a table and plots
+it. It needs the ``peers`` extra (``pip install -e '.[peers]'``).
 """
 
 import os
@@ -35,7 +35,7 @@ from benchmarks.steps import (
 )
 from benchmarks.timing import Pair, Stepper, normal_like, take_turns
 
-# Where foreach is not given, torch and timm loop over the leaves on a CPU.
+# By default, torch and timm loop over the leaves on a CPU.
 TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch AdamW": torch.optim.AdamW,
     "torch AdamW(foreach=True)": partial(torch.optim.AdamW, foreach=True),
@@ -55,16 +55,16 @@ BASES = {
     "cautious_adamw": "optax.adamw",
     "chain(optax.adamw, cautious)": "optax.adamw",
 }
-"""The cautious contestants, and what each is without caution."""
+"""The cautious optimizers, each with its base."""
 
-# timm decays outside the mask and divides by max(fraction, 1e-3), as cautious_adamw
-# does. The chain's mask covers the decay: it computes the same only without any.
+# Like cautious_adamw, timm decays outside the mask and divides by max(fraction, 1e-3).
+# The chain masks the decay too, so it computes the same only without decay.
 SAME: list[tuple[float, list[str]]] = [
     (WEIGHT_DECAY, [*GROUPS[0], "timm AdamWLegacy", "optax.adamw"]),
     (WEIGHT_DECAY, ["timm AdamWLegacy(caution=True)", "cautious_adamw"]),
     (0.0, ["timm AdamWLegacy(caution=True)", "chain(optax.adamw, cautious)"]),
 ]
-"""Which contestants compute the same, at which weight decay."""
+"""Groups of optimizers that compute the same updates at a weight decay."""
 
 
 class TorchStepper:
@@ -73,51 +73,51 @@ class TorchStepper:
     def __init__(
         self, name: str, shapes: Sequence[Shape], weight_decay: float = WEIGHT_DECAY
     ) -> None:
-        """Makes the tensors; the optimizer makes its state at the first step."""
+        """Create the tensors; the optimizer creates its state at the first step."""
         self.params = to_torch(normal_like(shapes, seed=0))
         self.set_grads(normal_like(shapes, seed=1))
         settings = {"lr": LEARNING_RATE, "weight_decay": weight_decay}
         self.optimizer = TORCH[name](self.params, **settings)
 
     def set_grads(self, grads: Sequence[jax.Array]) -> None:
-        """Sets the gradients of the steps that follow."""
+        """Set the gradients for the following steps."""
         for p, g in zip(self.params, to_torch(grads), strict=True):
             p.grad = g
 
     def __call__(self) -> None:
-        """Takes a step."""
+        """Take a step."""
         self.optimizer.step()
 
 
 def to_torch(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
-    """Copies the arrays."""
+    """Copy arrays into PyTorch tensors."""
     return [torch.tensor(np.asarray(x)) for x in arrays]
 
 
 def check_same() -> None:
-    """Raises a RuntimeError if contestants in SAME differ by more than rounding."""
+    """Raise a RuntimeError if optimizers in SAME differ by more than rounding."""
     for weight_decay, (first, *others) in SAME:
         expected = three_moves(first, weight_decay)
         for name in others:
             got = three_moves(name, weight_decay)
-            # Optax's 1 - b2^t in float32 is off by up to 3e-5 of itself.
+            # Optax computes 1 - b2^t in float32, with a relative error of up to 3e-5.
             if not np.allclose(got, expected, rtol=1e-4, atol=1e-4 * LEARNING_RATE):
                 raise RuntimeError(
-                    f"{name} and {first} should compute the same with weight decay "
-                    f"{weight_decay}, but after three steps they differ by "
+                    f"{name} and {first} must agree at weight decay {weight_decay}, "
+                    "but after three steps they differ by "
                     f"{np.abs(got - expected).max():.1e}."
                 )
 
 
 def three_moves(name: str, weight_decay: float) -> np.ndarray:
-    """Returns how far three steps move each coordinate of a few small leaves.
+    """Compute how far three steps move each coordinate of a few small leaves.
 
-    One step would mask nothing: the first moment is still a multiple of the gradient.
+    One step would mask nothing, as the first moment is a multiple of the gradient then.
     """
     shapes: list[Shape] = [(64, 32), (32,), (2048,)]
     start = normal_like(shapes, seed=0)
     steps = [normal_like(shapes, seed=seed) for seed in (1, 2, 3)]
-    # One gradient of 2048 is not zero, so the last leaf's fraction is below 1e-3.
+    # The last leaf has 1 nonzero gradient in 2048, so its fraction is below 1e-3.
     steps = [[*dense, sparse.at[1:].set(0)] for *dense, sparse in steps]
     if name in TORCH:
         stepper = TorchStepper(name, shapes, weight_decay)
@@ -136,7 +136,7 @@ def three_moves(name: str, weight_decay: float) -> np.ndarray:
 
 
 def measure(shapes: Sequence[Shape], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of each contestant's steps, one from every round."""
+    """Return the seconds per step of each optimizer, one per round."""
     steppers: dict[str, Callable[[], None]] = {
         name: (TorchStepper if name in TORCH else Stepper)(name, shapes)
         for group in GROUPS
@@ -148,7 +148,7 @@ def measure(shapes: Sequence[Shape], rounds: int) -> dict[str, list[float]]:
 
 
 def table(seconds: dict[str, list[float]], parameters: int) -> str:
-    """Returns a line for each contestant."""
+    """Format a Markdown table with a row per optimizer."""
     rows = []
     for name, times in seconds.items():
         median = statistics.median(times)
@@ -160,12 +160,18 @@ def table(seconds: dict[str, list[float]], parameters: int) -> str:
         rows.append(
             (name, f"{1e3 * median:.1f}", f"{1e9 * median / parameters:.2f}", *ratio)
         )
-    header = ("optimizer", "ms a step", "ns a parameter", "ratio (quartiles)", "to")
+    header = (
+        "optimizer",
+        "ms per step",
+        "ns per parameter",
+        "ratio (quartiles)",
+        "base",
+    )
     return markdown_table(rows, header)
 
 
 def draw(seconds: dict[str, list[float]], title: str) -> Figure:
-    """Draws a bar for each contestant, in groups by library."""
+    """Plot a bar per optimizer, grouped by library."""
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     axes = figure.subplots()
     ticks: dict[str, float] = {}
@@ -184,7 +190,7 @@ def draw(seconds: dict[str, list[float]], title: str) -> Figure:
     axes.set_yticks(list(ticks.values()), list(ticks))
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    axes.set(title=title, xlabel="ms a step")
+    axes.set(title=title, xlabel="ms per step")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -197,9 +203,9 @@ def main(
     """Compare the optimizers of several libraries on this machine's CPU.
 
     Args:
-        model: the Llama whose shapes the leaves have, in float32.
-        rounds: steps of each optimizer that are timed.
-        picture: where the bar chart goes.
+        model: the Llama whose parameter shapes to use, in float32.
+        rounds: number of timed steps per optimizer.
+        picture: file for the bar chart.
     """
     jax.config.update("jax_platforms", "cpu")
     cores = os.cpu_count() or 1
@@ -212,12 +218,12 @@ def main(
     print(table(seconds, count(shapes)))
     print(
         f"\nMedians of {rounds} rounds; {size}; {', '.join(versions)}, Python "
-        f"{platform.python_version()}; {cores} cores, all for torch and for JAX."
+        f"{platform.python_version()}; {cores} cores, used by both torch and JAX."
     )
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure = draw(seconds, f"AdamW on a CPU with {cores} cores, {size}")
     figure.savefig(picture, dpi=150)
-    print(f"picture: {picture}")
+    print(f"Wrote {picture}")
 
 
 if __name__ == "__main__":

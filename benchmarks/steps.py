@@ -1,4 +1,4 @@
-"""The step that is measured: which optimizers, on which leaves."""
+"""The optimizers and parameter shapes of the benchmarks."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 markdown_table = partial(tabulate, tablefmt="github", disable_numparse=True)
-"""Formats rows under a header, in Markdown."""
+"""Format rows and a header as a Markdown table."""
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
@@ -41,16 +41,16 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "optax.sgd": lambda rate, **_: optax.sgd(rate, momentum=0.9),
     "cautious_sgd": lambda rate, **_: optax_cautious.cautious_sgd(rate, momentum=0.9),
 }
-"""What is compared, by the name that the tables print."""
+"""Optimizer constructors by their names in the tables."""
 
 
 def make_optimizer(name: str) -> optax.GradientTransformation:
-    """Makes one of the optimizers, with weight decay where it has any."""
+    """Build an optimizer by name, with weight decay if it has any."""
     return OPTIMIZERS[name](LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
 def optimizer_step(tx: optax.GradientTransformation) -> Step:
-    """Makes the function from parameters, state and gradients to the new first two."""
+    """Build the function from (params, state, grads) to the new (params, state)."""
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
@@ -62,7 +62,7 @@ def optimizer_step(tx: optax.GradientTransformation) -> Step:
 def llama_shapes(
     hidden: int, intermediate: int, layers: int, vocabulary: int = 32_000
 ) -> list[Shape]:
-    """Lists the leaves of a Llama with as many key/value heads as query heads."""
+    """List the leaf shapes of a Llama with as many key/value heads as query heads."""
     block: list[Shape] = [
         *[(hidden, hidden)] * 4,
         *[(hidden, intermediate)] * 2,
@@ -78,9 +78,9 @@ LLAMAS: dict[str, list[Shape]] = {
     "58M": llama_shapes(512, 1376, 8),
     "200M": llama_shapes(1024, 2736, 10),
 }
-"""Models by their number of parameters; 58M is the 60M model of the paper."""
+"""Models by parameter count; 58M is the paper's 60M model."""
 
 
 def count(shapes: Sequence[Shape]) -> int:
-    """Counts the coordinates of all leaves."""
+    """Count the coordinates of all leaves."""
     return sum(jax.ShapeDtypeStruct(shape, bool).size for shape in shapes)

@@ -1,4 +1,4 @@
-"""Paired timing on the device at hand: both sides in one process, taking turns."""
+"""Paired timings on the current device, taken in turns in one process."""
 
 import statistics
 import time
@@ -16,26 +16,26 @@ WARM_UP = 3
 
 
 class Pair(NamedTuple):
-    """The times of a base and of what is compared with it, round by round."""
+    """Step times of a base and of what is compared with it, round by round."""
 
     base: list[float]
-    """Seconds of a step."""
+    """Seconds per step, one per round."""
     other: list[float]
-    """Seconds of a step."""
+    """Seconds per step, one per round."""
 
     @property
     def ratios(self) -> list[float]:
-        """How many times as long as the base the other took, in each round."""
+        """The time of the other divided by that of the base, per round."""
         return [b / a for a, b in zip(self.base, self.other, strict=True)]
 
     @property
     def ratio(self) -> float:
-        """The median over the rounds."""
+        """The median of the ratios."""
         return statistics.median(self.ratios)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The ratios that half of the rounds lie between."""
+        """The lower and upper quartiles of the ratios."""
         first, _, third = statistics.quantiles(self.ratios, n=4)
         return first, third
 
@@ -44,7 +44,7 @@ class Stepper:
     """A compiled optimizer step with its parameters, state and fixed gradients."""
 
     def __init__(self, name: str, shapes: Sequence[Shape]) -> None:
-        """Makes the arrays and compiles the step."""
+        """Create the arrays and compile the step."""
         tx = make_optimizer(name)
         self.params = normal_like(shapes, seed=0)
         self.grads = normal_like(shapes, seed=1)
@@ -54,30 +54,30 @@ class Stepper:
 
     @property
     def temporaries(self) -> int:
-        """Bytes that a step takes besides its arguments and results."""
+        """Temporary memory of a step in bytes, without arguments and results."""
         analysis: Any = self.step.memory_analysis()
         return int(analysis.temp_size_in_bytes)
 
     def __call__(self) -> None:
-        """Takes a step, and waits for it."""
+        """Take a step and wait for it to finish."""
         arguments = (self.params, self.state, self.grads)
         self.params, self.state = jax.block_until_ready(self.step(*arguments))
 
 
 class Comparison(NamedTuple):
-    """What the steps of two optimizers on the same leaves take."""
+    """Step times and temporary memory of two optimizers on the same leaves."""
 
     pair: Pair
     base_temporaries: int
-    """Bytes."""
+    """In bytes."""
     temporaries: int
-    """Bytes."""
+    """In bytes."""
 
 
 def compare(
     base_name: str, name: str, shapes: Sequence[Shape], rounds: int, bar: "tqdm[Any]"
 ) -> Comparison:
-    """Times two optimizers in turns, and moves the bar on by one for each round."""
+    """Time two optimizers in turns, advancing the bar by one per round."""
     bar.set_description(f"Compiling {name}")
     base, other = Stepper(base_name, shapes), Stepper(name, shapes)
     bar.set_description(name)
@@ -89,15 +89,15 @@ def compare(
 def take_turns(
     steps: Sequence[Callable[[], None]], rounds: int, bar: "tqdm[Any]"
 ) -> list[list[float]]:
-    """Takes a step of each in turns, and moves the bar on by one for each round.
+    """Time a step of each in turns, advancing the bar by one per round.
 
     Args:
-        steps: each waits for its step.
-        rounds: how many are timed, after a few that are not.
+        steps: functions that take a step and wait for it to finish.
+        rounds: number of timed rounds, after a few warm-up rounds.
         bar: the progress bar.
 
     Returns:
-        For each, the seconds of its steps.
+        For each function, the seconds of its timed steps.
     """
     seconds: list[list[float]] = [[] for _ in steps]
     for i in range(WARM_UP + rounds):
@@ -112,7 +112,7 @@ def take_turns(
 
 
 def normal_like(shapes: Sequence[Shape], seed: int) -> list[jax.Array]:
-    """Draws arrays of the size that weights and gradients have."""
+    """Draw normal arrays of a magnitude typical for weights and gradients."""
     rng = np.random.default_rng(seed)
     draw = rng.standard_normal
     return [jnp.asarray(0.02 * draw(s, dtype=np.float32)) for s in shapes]

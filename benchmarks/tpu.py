@@ -1,9 +1,9 @@
-"""What a step moves on a TPU, by the TPU compiler's own account.
+"""Memory traffic of an optimizer step on a TPU, as reported by the TPU compiler.
 
-``python -m benchmarks.tpu`` compiles the step of each optimizer for a slice, on this
-machine's CPU, and prints the bytes that the compiler says the step accesses, in units
-of one array of all parameters. Nothing is run. It needs the extras ``tpu`` and
-``examples``.
+``python -m benchmarks.tpu`` compiles each optimizer's step ahead of time for a TPU
+slice, on this machine's CPU, and prints the bytes that the step accesses according to
+the compiler, in units of one array of all parameters. Nothing is executed. It needs the
+``tpu`` and ``examples`` extras.
 """
 
 import os
@@ -33,18 +33,18 @@ from examples.training.xla import EACH_BYTE_ONCE
 
 DType = Literal["float32", "bfloat16"]
 
-# 256 MB a device on 2x2 chips: smaller leaves may stay in the chips' vector memory.
+# 256 MB per device on 2x2 chips: smaller leaves may stay in vector memory.
 LARGE: list[Shape] = [(8192, 32_768)]
 THREE: list[Shape] = LARGE * 3
-# The matrices of six layers that are scanned, each split over the chips.
+# The stacked matrices of six scanned layers, each sharded over the chips.
 STACK: list[Shape] = [(6, 8192, 8192)]
-# The norms and biases of a large model beside some of its matrices.
+# Norms and biases of a large model, with some of its matrices.
 MIXED: list[Shape] = [*LARGE * 2, *[(4096,)] * 200, *[(512, 512)] * 50]
 STACKED = ["cautious_adamw(stacked=1)"]
 
 
 class Account(NamedTuple):
-    """What the compiler says about a step; sizes in arrays of all parameters."""
+    """The compiler's analysis of a step; sizes in arrays of all parameters."""
 
     moved: float
     """Bytes accessed."""
@@ -55,8 +55,8 @@ class Account(NamedTuple):
 
 
 def make_mesh(topology: str) -> Mesh:
-    """Makes a mesh with one axis over the chips of a slice, such as v5e:2x2."""
-    # Without these libtpu looks for the chips of this machine and for its metadata.
+    """Build a mesh with one axis over the chips of a slice, such as v5e:2x2."""
+    # Otherwise libtpu looks for local chips and queries the metadata server.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.partition(":")[0])
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -65,9 +65,9 @@ def make_mesh(topology: str) -> Mesh:
 
 
 def shard(tree: Any, mesh: Mesh) -> Any:
-    """Shards an axis of the large arrays of a tree of shapes and dtypes.
+    """Shard the large arrays in a tree of shapes and dtypes along one axis.
 
-    It is the first that the chips divide.
+    It is the first axis whose size is divisible by the number of chips.
     """
 
     def sharded(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -84,27 +84,27 @@ def shard(tree: Any, mesh: Mesh) -> Any:
 def compile_step(
     step: Callable[..., Any], mesh: Mesh, donated: Sequence[Any], *others: Any
 ) -> Compiled:
-    """Compiles a step whose donated arguments make room for its results."""
+    """Compile a step whose results reuse the buffers of its donated arguments."""
     arguments = shard((*donated, *others), mesh)
     jitted = jax.jit(step, donate_argnums=tuple(range(len(donated))))
-    # With the option the compiler moves nothing into vector memory ahead of its use. It
-    # counts what it moves so once more, and how much that is differs by the program.
+    # The option disables prefetching into vector memory. The compiler counts prefetched
+    # bytes twice, and how many there are differs between programs.
     return jitted.lower(*arguments).compile(compiler_options=EACH_BYTE_ONCE)
 
 
 def bytes_accessed(compiled: Compiled) -> float:
-    """Returns the bytes that one device reads and writes."""
+    """Return the bytes that one device reads and writes."""
     analysis: Any = compiled.cost_analysis()
     return float(analysis["bytes accessed"])
 
 
 def count_operations(compiled: Compiled, operation: str) -> int:
-    """Counts an operation, be it asynchronous or not."""
+    """Count the occurrences of an operation, asynchronous ones included."""
     return len(re.findall(rf" {operation}(?:-start)?\(", str(compiled.as_text())))
 
 
 def account(name: str, shapes: Sequence[Shape], dtype: DType, mesh: Mesh) -> Account:
-    """Compiles the step of an optimizer with parameters and moments of one dtype."""
+    """Compile and analyze a step with parameters and moments of one dtype."""
     tx = make_optimizer(name)
     params = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
     state = jax.eval_shape(tx.init, params)
@@ -122,12 +122,12 @@ def account(name: str, shapes: Sequence[Shape], dtype: DType, mesh: Mesh) -> Acc
 
 
 def main(topologies: tuple[str, ...] = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")) -> None:
-    """Print what each optimizer's step moves on each kind of TPU.
+    """Print the memory traffic of each optimizer's step on each kind of TPU.
 
     Args:
-        topologies: kind and arrangement of the chips.
+        topologies: kind and arrangement of the chips, such as v5e:2x2.
     """
-    jax.config.update("jax_platforms", "cpu")  # A TPU of this machine stays free.
+    jax.config.update("jax_platforms", "cpu")  # Do not claim this machine's TPU.
     all_but_stacked = [name for name in OPTIMIZERS if name not in STACKED]
     cases: list[tuple[str, list[Shape], DType, str]] = [
         ("one large leaf", LARGE, "float32", topologies[0]),
@@ -157,7 +157,13 @@ def main(topologies: tuple[str, ...] = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")) -> N
                 )
                 bar.update()
             title = f"{topology}, {leaves}, {dtype}"
-            header = (title, "moved", "temporaries", "all-reduces", "all-gathers")
+            header = (
+                title,
+                "arrays moved",
+                "temporaries",
+                "all-reduces",
+                "all-gathers",
+            )
             tqdm.write(markdown_table(rows, header) + "\n")
 
 

@@ -1,8 +1,8 @@
-"""What caution adds before the first step, and to a step without jit.
+"""What caution adds to tracing, to compilation, and to a step without jit.
 
-``python -m benchmarks.tracing`` traces and compiles the step of each cautious optimizer
-and of its base, in turns, for models of 10, 100 and 1000 small leaves, and takes steps
-of 10 leaves without jit. It prints the medians, and the medians of the ratios.
+``python -m benchmarks.tracing`` traces and compiles the steps of each cautious
+optimizer and of its base in turns, for models of 10, 100 and 1000 small leaves, and
+times steps on 10 leaves without jit. It prints median times and median ratios.
 """
 
 import gc
@@ -55,11 +55,11 @@ PAIRS: list[tuple[str, _Make, str, _Make]] = [
         lambda: optax_cautious.cautious_sgd(1e-3, 0.9),
     ),
 ]
-"""Bases and what is compared with them, by the names that the table prints."""
+"""Each base and cautious optimizer, with their names in the table."""
 
 
 class Seconds(NamedTuple):
-    """What one step takes before it can be run."""
+    """The time to trace and to compile one step."""
 
     trace: float
     compile: float
@@ -67,13 +67,13 @@ class Seconds(NamedTuple):
 
 
 def first_step(make: _Make, shapes: Sequence[Shape]) -> Seconds:
-    """Traces and compiles a step as a new process does, with nothing cached."""
+    """Trace and compile a step with empty caches, as in a new process."""
     tx = make()
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     state = jax.eval_shape(tx.init, params)
     step = jax.jit(optimizer_step(tx), donate_argnums=(0, 1))
     jax.clear_caches()
-    gc.collect()  # What the step before has left is not this one's.
+    gc.collect()  # Garbage of the previous step must not slow this one.
     start = time.perf_counter()
     traced = step.trace(params, state, params)
     between = time.perf_counter()
@@ -85,35 +85,35 @@ class EagerStep:
     """A step without jit."""
 
     def __init__(self, make: _Make, shapes: Sequence[Shape]) -> None:
-        """Makes the arrays."""
+        """Create the arrays and the optimizer's state."""
         tx = make()
         self.step = optimizer_step(tx)
         self.params, self.grads = (normal_like(shapes, seed) for seed in (0, 1))
         self.state = tx.init(self.params)
 
     def __call__(self) -> None:
-        """Takes a step, and waits for it."""
+        """Take a step and wait for it to finish."""
         arguments = (self.params, self.state, self.grads)
         self.params, self.state = jax.block_until_ready(self.step(*arguments))
 
 
 def leaves(n: int) -> list[Shape]:
-    """Lists as many leaves of a small Llama that does not scan its layers."""
+    """List the shapes of `n` leaves of a small Llama that does not scan its layers."""
     return llama_shapes(64, 172, layers=n // 9 + 1, vocabulary=256)[1 : n + 1]
 
 
 def row(seconds: Pair) -> list[str]:
-    """Formats the time of the base, that of the other, and their ratio."""
+    """Format the median times in ms and the median ratio."""
     base, other = map(statistics.median, seconds)
     return [f"{1e3 * base:.0f}", f"{1e3 * other:.0f}", f"{seconds.ratio:.2f}"]
 
 
 def main(counts: tuple[int, ...] = (10, 100, 1000), rounds: int = 5) -> None:
-    """Print what caution adds to tracing, to compiling, and to a step without jit.
+    """Print what caution adds to tracing, to compilation, and to a step without jit.
 
     Args:
         counts: numbers of leaves.
-        rounds: how often each is traced and compiled.
+        rounds: how often to trace and compile each optimizer.
     """
     rows = []
     eager_rounds = 10 * rounds
@@ -137,12 +137,11 @@ def main(counts: tuple[int, ...] = (10, 100, 1000), rounds: int = 5) -> None:
             eager: Any = Pair(*take_turns(steps, eager_rounds, bar))
             rows.append([name, base_name, "10, no jit", "", "", "", *row(eager)])
     print(
-        f"ms on {jax.devices()[0].device_kind}, jax {jax.__version__}; without jit the "
-        "time of a step, in place of compiling.\n"
+        f"Times in ms on {jax.devices()[0].device_kind}, jax {jax.__version__}; for "
+        "'no jit', the compilation columns hold the time of a step.\n"
     )
-    of_both = ("the base's", "its own", "ratio")
-    header = ("optimizer", "base", "leaves", "tracing: " + of_both[0], *of_both[1:])
-    print(markdown_table(rows, (*header, "compiling: " + of_both[0], *of_both[1:])))
+    header = ("optimizer", "base", "leaves", "tracing: base", "cautious", "ratio")
+    print(markdown_table(rows, (*header, "compilation: base", "cautious", "ratio")))
 
 
 if __name__ == "__main__":

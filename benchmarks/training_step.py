@@ -1,10 +1,10 @@
 """What caution adds to a whole training step of a Llama.
 
-``python -m benchmarks.training_step cpu`` takes steps of the demo with AdamW and with
+``python -m benchmarks.training_step cpu`` times the demo's step with AdamW and with
 cautious AdamW, in turns, on this machine. ``python -m benchmarks.training_step tpu``
-compiles the steps of the paper's 60M and 1B models for TPU slices, which takes some
-minutes, and prints what the compiler says of each. Both need the ``examples`` extra,
-the second the ``tpu`` extra too.
+compiles the steps of the paper's 60M and 1B models for TPU slices, which takes a few
+minutes, and prints the compiler's analysis of each. Both need the ``examples`` extra,
+and the second also needs the ``tpu`` extra.
 """
 
 import statistics
@@ -26,14 +26,14 @@ from examples.training.optimizers import OptimizerConfig
 from examples.training.task import count_parameters
 
 OPTIMIZERS = [
-    # At a learning rate that no cost depends on.
+    # The cost does not depend on the learning rate.
     OptimizerConfig("adamw", caution=caution, learning_rate=1e-3)
     for caution in (False, True)
 ]
 
 
 class Slice(NamedTuple):
-    """A model, and what it is trained on."""
+    """A model and the TPU slice that it is compiled for."""
 
     model: str
     topology: str
@@ -41,14 +41,14 @@ class Slice(NamedTuple):
 
 SLICES = [Slice("60m", "v5e:2x2"), Slice("1b", "v5e:4x4")]
 SEQUENCES = 128
-"""In a batch."""
+"""Sequences per batch."""
 
 
 class TrainStepper:
     """A compiled training step with its state and one batch."""
 
     def __init__(self, config: TrainConfig[LlamaTask]) -> None:
-        """Makes the arrays and compiles the step."""
+        """Create the arrays and compile the step."""
         engine = make_engine(config, jax.devices()[:1])
         like = config.task.batch_like()
         vocabulary = config.task.model.vocab_size
@@ -58,12 +58,12 @@ class TrainStepper:
         self.step = engine.lower_train_step(self.batch).compile()
 
     def __call__(self) -> None:
-        """Takes a step, and waits for it."""
+        """Take a step and wait for it to finish."""
         self.state, _ = jax.block_until_ready(self.step(self.state, self.batch))
 
 
 def on_cpu(rounds: int) -> None:
-    """Times the demo's step with and without caution, and prints a table."""
+    """Time the demo's step with and without caution, and print a table."""
     demo = PRESETS["demo"]
     steppers = [TrainStepper(replace(demo, optimizer=tx)) for tx in OPTIMIZERS]
     with tqdm(total=rounds, unit="round") as bar:
@@ -79,13 +79,13 @@ def on_cpu(rounds: int) -> None:
     ]
     print(
         f"The demo, {count_parameters(demo.task):,} parameters, {demo.task.units} "
-        f"tokens a step; jax {jax.__version__} on {jax.devices()[0].device_kind}.\n"
+        f"tokens per step; jax {jax.__version__} on {jax.devices()[0].device_kind}.\n"
     )
-    print(markdown_table(rows, ("optimizer", "ms a step", "ratio (quartiles)")))
+    print(markdown_table(rows, ("optimizer", "ms per step", "ratio (quartiles)")))
 
 
 def on_tpu() -> None:
-    """Compiles the paper's models for TPU slices, and prints a table."""
+    """Compile the paper's models for TPU slices, and print a table."""
     rows: list[tuple[str, ...]] = []
     with tqdm(total=len(SLICES) * len(OPTIMIZERS), unit="step") as bar:
         for model, topology in SLICES:
@@ -103,8 +103,8 @@ def on_tpu() -> None:
                 bar.update()
             rows += _rows(model, topology, found)
     print(
-        f"{SEQUENCES} sequences of 1024 tokens a step, bfloat16 compute, "
-        "rematerialized; one device of each slice.\n"
+        f"{SEQUENCES} sequences of 1024 tokens per step, bfloat16 compute, "
+        "rematerialized; values are per device.\n"
     )
     header = (
         "model",
@@ -112,7 +112,7 @@ def on_tpu() -> None:
         "optimizer",
         "GB read and written",
         "caution adds",
-        "in arrays of its parameters",
+        "in parameter arrays",
         "peak memory, GiB",
         "all-reduces",
         "other collectives",
@@ -147,13 +147,13 @@ def main(where: tyro.conf.Positional[Literal["cpu", "tpu"]], rounds: int = 100) 
     """Print what caution adds to a whole training step.
 
     Args:
-        where: cpu runs the demo's step, tpu compiles the paper's models.
-        rounds: steps with each optimizer that are timed.
+        where: cpu times the demo's step, tpu compiles the paper's models.
+        rounds: number of timed steps per optimizer.
     """
     if where == "cpu":
         on_cpu(rounds)
     else:
-        jax.config.update("jax_platforms", "cpu")  # A TPU of this machine stays free.
+        jax.config.update("jax_platforms", "cpu")  # Do not claim this machine's TPU.
         on_tpu()
 
 

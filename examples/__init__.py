@@ -1,1 +1,1 @@
-"""Programs that show the library at work."""
+"""Example programs that use the library."""

@@ -1,4 +1,4 @@
-"""The cautious rule on trees, and around an optimizer or in front of one."""
+"""The cautious rule on trees, wrapped around an optimizer or placed before a link."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import optax
 from optax_cautious import _rule, _settings, _trees
 from optax_cautious._gradient import provide_gradient
 
-#: From updates and gradients to how each leaf agrees.
+#: Computes the agreement of each leaf of the update with its gradient.
 Compare = Callable[[_trees.Pairs], list[_rule.Agreement]]
 
 
@@ -26,7 +26,7 @@ class CautiousState(NamedTuple):
 
 
 class Caution(NamedTuple):
-    """The settings of caution, checked, and what they do to a tree of updates."""
+    """The validated settings of caution, and their application to a tree of updates."""
 
     rule: _settings.Rule
     stacked: _trees.Stacked
@@ -35,10 +35,10 @@ class Caution(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], **others: Any) -> "Caution":
-        """Picks the settings from the arguments of a function, and checks them.
+        """Collect and validate the settings among the arguments of a function.
 
         Args:
-          arguments: the function's `locals()`, with a value for each setting.
+          arguments: the function's `locals()`.
           **others: settings that are not among the arguments.
         """
         given = {**arguments, **others}
@@ -48,7 +48,7 @@ class Caution(NamedTuple):
         )
 
     def init(self) -> optax.OptState:
-        """Makes the state of caution alone."""
+        """Return the initial state of caution itself."""
         if self.monitor:
             return CautiousState(aligned_fraction=jnp.zeros((), jnp.float32))
         return optax.EmptyState()
@@ -59,12 +59,12 @@ class Caution(NamedTuple):
         grad: optax.Updates,
         compare: Compare | None = None,
     ) -> tuple[optax.Updates, optax.OptState]:
-        """Returns the cautious updates and the new state.
+        """Return the cautious updates and the new state.
 
         Args:
           updates: the updates.
-          grad: their gradient.
-          compare: tells how they agree, by default from the two alone.
+          grad: the gradient.
+          compare: computes the agreement of the two; by default, compares their signs.
         """
         pairs = _trees.pair(updates, grad, mask=self.mask, stacked=self.stacked)
         agreements = []
@@ -80,9 +80,10 @@ class Caution(NamedTuple):
         optimizer: optax.GradientTransformation,
         compare_by: Callable[[optax.OptState], Compare] | None = None,
     ) -> optax.GradientTransformationExtraArgs:
-        """Makes the updates of `optimizer` cautious, in its own state.
+        """Build a transformation that makes the updates of `optimizer` cautious.
 
-        `compare_by` makes the comparison from the state before the step.
+        The state is the optimizer's own. `compare_by` builds the comparison from the
+        state before the step.
         """
         inner = optax.with_extra_args_support(optimizer)
 
@@ -106,9 +107,9 @@ class Caution(NamedTuple):
     def before(
         self, link: optax.GradientTransformation
     ) -> optax.GradientTransformationExtraArgs:
-        """Shows a link of a chain cautious updates, in the link's own state.
+        """Build a transformation that makes updates cautious, then applies `link`.
 
-        The gradient is the extra argument `grad`.
+        The state is the link's own. The gradient is the extra argument `grad`.
         """
         inner = optax.with_extra_args_support(link)
 
@@ -131,19 +132,19 @@ class Caution(NamedTuple):
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
     def attach(self, inner: optax.OptState, own: optax.OptState) -> optax.OptState:
-        """Puts the monitor's state, if there is one, beside that of an optimizer."""
+        """Combine the states of an optimizer and of the monitor, if enabled."""
         return (inner, own) if self.monitor else inner
 
     def detach(self, state: optax.OptState) -> optax.OptState:
-        """Returns the optimizer's state without the monitor's."""
+        """Return the optimizer's state without the monitor's."""
         if not self.monitor:
             return state
         if [type(part) for part in state[1:]] != [CautiousState]:
             raise ValueError(
-                "monitor=True, but the state is one without a monitor: a "
-                f"{type(state).__name__} where a pair that ends in a CautiousState was "
-                "expected. Make the state with this optimizer's init; docs/usage.md "
-                "shows how to convert an older one."
+                "monitor=True, but the state was created without a monitor: expected a "
+                f"pair that ends in a CautiousState, got a {type(state).__name__}. "
+                "Create the state with this optimizer's init; docs/usage.md shows how "
+                "to convert an older one."
             )
         return state[0]
 
@@ -154,8 +155,8 @@ class Caution(NamedTuple):
     def _tree_fraction(
         self, leaves: list[_rule.Leaf], agreements: list[_rule.Agreement]
     ) -> jax.Array:
-        """Returns the mean of the leaves' fractions, weighted by their sizes."""
-        # As integers JAX would take them for int32, which ends at 2^31.
+        """Return the mean of the leaves' fractions, weighted by their sizes."""
+        # Python integers would become int32, which overflows at 2^31.
         sizes = [float(leaf.u.size) for leaf in leaves]
         if sum(sizes) == 0:
             return jnp.zeros((), jnp.float32)
@@ -165,7 +166,7 @@ class Caution(NamedTuple):
             )
             for leaf, a in zip(leaves, agreements, strict=True)
         ]
-        # Of slices, which are of one size, the mean is that of the leaf.
+        # Slices have equal sizes, so the leaf's fraction is the mean of theirs.
         counts = [
             (jnp.mean(x) if x.ndim else x) * n
             for x, n in zip(fractions, sizes, strict=True)
@@ -179,9 +180,9 @@ def chain(
     direction: list[optax.GradientTransformation],
     step: list[optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
-    """Chains links, with caution between those that find a direction and the rest.
+    """Chain links, with caution between those of the direction and those of the step.
 
-    The state is that of :func:`optax.chain` of all links.
+    The state is that of :func:`optax.chain` over all links.
     """
     first, *rest = step
     tx = optax.chain(*direction, caution.before(first), *rest)

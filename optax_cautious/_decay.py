@@ -14,7 +14,7 @@ from optax_cautious._trees import Mask
 def decayed_weights(
     weight_decay: optax.ScalarOrSchedule, mask: Mask, cautious_decay: bool
 ) -> optax.GradientTransformation:
-    """Makes the decay of a named optimizer, whose updates point up the loss."""
+    """Build the weight decay of a named optimizer, whose updates point up the loss."""
     if cautious_decay:
         return add_cautious_decayed_weights(weight_decay, mask)
     return optax.add_decayed_weights(weight_decay, mask)
@@ -26,11 +26,11 @@ def add_cautious_decayed_weights(
     *,
     direction: Direction = "ascent",
 ) -> optax.GradientTransformation:
-    r"""Add weight decay where it does not oppose the update that arrives.
+    r"""Add weight decay where it does not oppose the incoming update.
 
     With :math:`u` the update, :math:`\theta` the parameters, :math:`\lambda` the
     strength of the decay, and :math:`s = 1` for an update that points up the loss
-    (``direction="ascent"``) and -1 for one that is to be added:
+    (``direction="ascent"``) and -1 for one that will be added to the parameters:
 
     .. math::
 
@@ -39,9 +39,9 @@ def add_cautious_decayed_weights(
         0 & \text{otherwise}
         \end{cases}
 
-    So a weight shrinks where the update shrinks it as well, or does not move it. The
-    update is compared with the *parameters*, and no gradient is needed: this is a link
-    for any chain. Change this::
+    A weight decays only where the update shrinks it too, or leaves it unchanged. The
+    update is compared with the *parameters*, so no gradient is needed, and the link
+    works in any chain. Change this::
 
       optax.chain(
           optax.scale_by_adam(),
@@ -55,16 +55,16 @@ def add_cautious_decayed_weights(
           add_cautious_decayed_weights(0.1),
           optax.scale_by_learning_rate(3e-4))
 
-    The named optimizers have it as ``cautious_decay=True``.
+    In the named optimizers, set ``cautious_decay=True``.
 
     Args:
-      weight_decay: scalar, or schedule of the step; may be traced. Not negative.
+      weight_decay: non-negative scalar, possibly traced, or a schedule.
       mask: a tree of bools with the structure of the parameters, or a prefix of it, or
-        a function of the parameters that returns one; decays the leaves at True. Under
-        :func:`optax.inject_hyperparams` a function has to be named in ``static_args``.
+        a function of the parameters that returns one. Leaves at True decay. Under
+        :func:`optax.inject_hyperparams` name a function in ``static_args``.
       direction: ``"ascent"`` for an update that still points up the loss, as behind
-        ``optax.scale_by_*``; ``"descent"`` for one that is to be added to the
-        parameters, as behind a whole optimizer. With either, ``weight_decay=0.1``
+        ``optax.scale_by_*``; ``"descent"`` for one that will be added to the
+        parameters, as behind a complete optimizer. In both cases a positive decay
         shrinks the weights.
 
     Returns:
@@ -72,8 +72,8 @@ def add_cautious_decayed_weights(
       :func:`optax.add_decayed_weights`.
 
     Raises:
-      ValueError: for an unknown direction or a negative decay; in the update, if it is
-        not given the parameters.
+      ValueError: for an unknown direction or a negative decay; in ``update``, if the
+        parameters are not passed.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -93,7 +93,7 @@ def add_cautious_decayed_weights(
     plain = optax.add_decayed_weights(weight_decay, mask)
 
     def add(u: jax.Array, decay: jax.Array) -> jax.Array:
-        # What opposes what is to be added to an update points the other way.
+        # a < 0 where the decay term, s * decay, opposes the update.
         a = _rule.agreement(u, decay, direction=direction)
         return jnp.where(a < 0, u, u + decay if direction == "ascent" else u - decay)
 
@@ -107,7 +107,7 @@ def add_cautious_decayed_weights(
                 "add_cautious_decayed_weights needs the parameters: call "
                 "tx.update(grads, state, params)."
             )
-        # What optax would add, whatever its mask and its schedule.
+        # The decay that Optax adds, with its mask and schedule.
         zeros = jax.tree.map(jnp.zeros_like, updates)
         decay, state = plain.update(zeros, state, params)
         return jax.tree.map(add, updates, decay), state

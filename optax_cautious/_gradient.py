@@ -1,4 +1,4 @@
-"""How the gradient reaches a link in the middle of a chain."""
+"""Pass the gradient to a link in the middle of a chain."""
 
 from typing import Any
 
@@ -8,10 +8,14 @@ import optax
 def transformation(
     tx: optax.GradientTransformation, what: str
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` as a transformation with extra arguments.
+    """Return `tx` as a transformation with extra arguments.
+
+    Args:
+      tx: what a caller passed as an optimizer.
+      what: name of the function that it was passed to.
 
     Raises:
-      TypeError: if `tx` is not an optimizer; `what` is the call that was given it.
+      TypeError: if `tx` is not an optimizer.
     """
     if not hasattr(tx, "init") or not hasattr(tx, "update"):
         hint = ""
@@ -22,40 +26,41 @@ def transformation(
             f"{what} takes an optimizer, as in {what}(optax.adamw(3e-4)), got "
             f"{tx!r}.{hint}"
         )
-    # Of the object itself, and of the transformation that it makes of itself.
+    # Both the MultiSteps object and its gradient_transformation() have such an update.
     if isinstance(getattr(tx.update, "__self__", None), optax.MultiSteps):
         raise TypeError(_MULTI_STEPS.format(what=what))
     return optax.with_extra_args_support(tx)
 
 
-_MULTI_STEPS = """{what} around optax.MultiSteps would take the gradient of the last \
-micro-batch for that of the accumulated step. Put it inside:
+_MULTI_STEPS = """{what} around optax.MultiSteps would compare the accumulated step \
+with the gradient of the last micro-batch. Put it inside:
   optax.MultiSteps({what}(optimizer), every_k_schedule=...)"""
 
 
 def provide_gradient(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Pass the updates that arrive on as the extra argument ``grad``, too.
+    """Pass the incoming updates to ``tx`` as the extra argument ``grad`` as well.
 
-    What arrives at an optimizer is the gradient, so a :func:`cautious` anywhere in
-    ``tx`` finds it there without the caller's help. Put it around the whole optimizer::
+    The incoming updates of a whole optimizer are the gradient, so a :func:`cautious`
+    anywhere in ``tx`` receives it without any change to the caller. Wrap the whole
+    optimizer::
 
       tx = provide_gradient(optax.chain(optax.adamw(3e-4), cautious()))
 
-    Inside :func:`optax.MultiSteps` it passes the accumulated gradient, where a caller
-    could only pass that of the last micro-batch. A ``grad`` from the caller is
+    Inside :class:`optax.MultiSteps` this is the accumulated gradient, whereas a caller
+    could only pass that of the last micro-batch. A ``grad`` passed by the caller is
     replaced.
 
     Args:
-      tx: a transformation that takes, or contains one that takes, ``grad``.
+      tx: a transformation that takes ``grad``, or contains one that does.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` with the state of ``tx``.
 
     Raises:
       TypeError: if ``tx`` is not a transformation, or is an
-        :class:`optax.MultiSteps`, which goes around this.
+        :class:`optax.MultiSteps`, which must be the outer of the two.
 
     Examples:
       >>> import jax.numpy as jnp

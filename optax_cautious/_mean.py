@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-# Up to this many coordinates a temporary costs less than what avoids it.
+# Up to this many coordinates a temporary is cheaper than avoiding it.
 SMALL = 2**16
 
 
 def mean(x: jax.Array, axes: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Returns jnp.mean(x, axes, dtype) over the last axes of bools or numbers."""
+    """Return jnp.mean(x, axes, dtype) over the last axes of bools or numbers."""
     plain = functools.partial(plain_mean, axes=axes, dtype=dtype)
     if x.dtype != jnp.bool_ or x.size <= SMALL:
         return plain(x)
@@ -21,7 +21,7 @@ def mean(x: jax.Array, axes: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
 
 
 def plain_mean(x: jax.Array, axes: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Adds up and divides; jnp.mean takes longer to trace."""
+    """Sum and divide, which traces faster than jnp.mean."""
     total = jax.lax.reduce_sum(jax.lax.convert_element_type(x, dtype), axes)
     return total / _count(x, axes)
 
@@ -29,13 +29,14 @@ def plain_mean(x: jax.Array, axes: tuple[int, ...], dtype: DTypeLike) -> jax.Arr
 def fraction_on_cpu(
     mask: jax.Array, axes: tuple[int, ...], dtype: DTypeLike
 ) -> jax.Array:
-    """Counts groups of fewer than 32 in int8, then the groups.
+    """Sum groups of fewer than 32 elements in int8, then sum the groups.
 
-    XLA:CPU computes what so short a reduction reads as it goes. What a longer one reads
-    it stores first, here as four bytes a coordinate, and fresh memory is dear there.
+    XLA:CPU fuses the producer into a reduction as short as this. The input of a longer
+    one it first stores, here as four bytes per coordinate, and allocating memory is
+    expensive on a CPU.
     """
     if not axes or jax.typeof(mask).sharding.spec[-1] is not None:
-        # An axis that is sharded in the type cannot be split into any groups.
+        # An axis that the type declares sharded cannot be reshaped into groups.
         return plain_mean(mask, axes, dtype)
     n = mask.shape[-1]
     group = next(k for k in range(31, 0, -1) if n % k == 0)
@@ -46,5 +47,5 @@ def fraction_on_cpu(
 
 
 def _count(x: jax.Array, axes: tuple[int, ...]) -> float:
-    # As an integer JAX would take it for an int32, which ends at 2^31.
+    # A Python integer would become an int32, which overflows at 2^31.
     return float(math.prod(x.shape[axis] for axis in axes))

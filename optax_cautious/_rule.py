@@ -1,4 +1,4 @@
-"""The cautious rule on arrays: agreement, weights and their rescaling."""
+"""The cautious rule on arrays: agreement, weights and rescaling."""
 
 import functools
 import math
@@ -14,31 +14,31 @@ from optax_cautious._settings import AxisName, Direction, Rule, merge, split
 
 
 class Agreement(NamedTuple):
-    """The a_i of a leaf, int8 of -1, 0 and 1; 0 where either side is NaN.
+    """The a_i of a leaf: int8, -1, 0 or 1; 0 where either side is NaN.
 
-    Both fields hold the same numbers. They are two expressions where computing them
-    twice moves less memory than keeping them would.
+    Both fields hold the same values. They are separate expressions where recomputing
+    them moves less memory than storing them.
     """
 
-    #: What decides the weights.
+    #: The a_i from which the weights are computed.
     weighed: jax.Array
-    #: What the mean of the weights is taken of.
+    #: The a_i over which the mean is taken.
     counted: jax.Array
 
 
 class Leaf(NamedTuple):
-    """An array of updates beside its gradient."""
+    """An array of updates with its gradient."""
 
     u: jax.Array
     g: jax.Array
-    #: How many leading axes stack things that are leaves of their own elsewhere.
+    #: Number of leading axes along which separate leaves are stacked.
     stacked: int
 
 
 def apply(
     rule: Rule, leaves: list[Leaf], agreements: list[Agreement]
 ) -> list[jax.Array]:
-    """Returns the cautious updates; the agreements are for `alignment="element"`."""
+    """Return the cautious updates; only `alignment="element"` uses the agreements."""
     static, arrays = split(rule)
     if rule.alignment == "element":
         return [
@@ -56,34 +56,34 @@ def apply(
     return _by_inner_product(us, gs, arrays, rule=static, stacked=0)
 
 
-# Under jax.jit leaves of one shape are traced once, and without it each is one call.
-# Whole leaves go through jax.lax, which takes a third of the time to trace.
+# jax.jit traces leaves of equal shape once, and outside of jit makes each one call.
+# Whole leaves are computed with jax.lax, which traces three times as fast as jax.numpy.
 @functools.partial(jax.jit, static_argnames="direction")
 def agreement(u: jax.Array, g: jax.Array, *, direction: Direction) -> jax.Array:
-    """Returns a_i = s * sign(u_i) * sign(g_i), 0 where either side is NaN.
+    """Return a_i = s * sign(u_i) * sign(g_i), or 0 where either side is NaN.
 
-    s is -1 for "descent": an update that is to be added agrees where it opposes the
-    gradient. For "ascent" it is 1.
+    s is -1 for "descent", where an update that is added to the parameters agrees if it
+    opposes the gradient, and 1 for "ascent".
 
-    The signs are multiplied, never the values: u_i * g_i underflows to zero long
-    before either factor does. For complex leaves a_i = s * sign(Re(u_i * conj(g_i))).
+    The signs are multiplied, never the values: u_i * g_i underflows to zero long before
+    either factor does. For complex leaves a_i = s * sign(Re(u_i * conj(g_i))).
     """
     if jnp.iscomplexobj(u):
         u, g = (_normalized([x], x.ndim, _accumulator_dtype(x))[0] for x in (u, g))
         real, imaginary = jnp.moveaxis(u * g, -1, 0)
-        # The sign of their sum. Added up, they need not cancel: of a product that a
-        # compiler fuses with the sum, the rounding error is left.
+        # The sign of their sum. The sum itself need not be zero when they cancel: if a
+        # compiler fuses product and sum, the product's rounding error remains.
         a = (real > -imaginary).astype(jnp.int8) - (real < -imaginary).astype(jnp.int8)
     else:
         a = lax.mul(lax.sign(u), lax.convert_element_type(lax.sign(g), u.dtype))
-        a = lax.select(lax.ne(a, a), lax.full_like(a, 0), a)  # A NaN is not itself.
+        a = lax.select(lax.ne(a, a), lax.full_like(a, 0), a)  # NaN != NaN.
     a = a if direction == "ascent" else lax.neg(a)
-    # One byte a coordinate is all that a compiler may have to keep.
+    # If a compiler stores the result, it takes one byte per coordinate.
     return lax.convert_element_type(a, jnp.int8)
 
 
 def compare(u: jax.Array, g: jax.Array, direction: Direction) -> Agreement:
-    """Returns how an update agrees with its gradient, which the two alone tell."""
+    """Return the agreement of an update with its gradient."""
     a = agreement(u, g, direction=direction)
     return Agreement(weighed=a, counted=a)
 
@@ -92,7 +92,7 @@ def compare(u: jax.Array, g: jax.Array, direction: Direction) -> Agreement:
 def aligned_fraction(
     a: jax.Array, *, stacked: int, axis_name: AxisName = None
 ) -> jax.Array:
-    """Returns the fraction with a_i > 0 in each slice; 0 for an empty leaf."""
+    """Return the fraction with a_i > 0 in each slice; 0 for an empty leaf."""
     if a.size == 0:
         return jnp.zeros(a.shape[:stacked], jnp.float32)
     agrees = lax.gt(a, lax.full_like(a, 0))
@@ -125,7 +125,7 @@ def _by_inner_product(
     rule: Rule,
     stacked: int,
 ) -> list[jax.Array]:
-    """Weighs all leaves by 1 where s * <u, g> >= 0, by `opposed_weight` elsewhere."""
+    """Multiply by 1 where s * <u, g> >= 0 over all leaves, else by `opposed_weight`."""
     if sum(u.size for u in us) == 0:
         return us
     product = _inner_product(us, gs, stacked, rule.axis_name)
@@ -140,7 +140,7 @@ def _by_inner_product(
 
 
 def _weights(rule: Rule, a: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns the w_i, as bools where they can only be 0 and 1."""
+    """Return the w_i, as bools if they can only be 0 or 1."""
     follows = rule.neutral == "follow"
     if _is_zero(rule.opposed_weight):
         return (lax.ge if follows else lax.gt)(a, lax.full_like(a, 0))
@@ -150,7 +150,7 @@ def _weights(rule: Rule, a: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def _scale(rule: Rule, a: jax.Array, stacked: int, dtype: DTypeLike) -> ArrayLike:
-    """Returns what makes up for the weights, one factor for each slice."""
+    """Return the factor that rescales each slice."""
     if rule.renormalize is None:
         return 1.0
     axes, ignores = _axes(a, stacked), rule.neutral == "ignore"
@@ -163,7 +163,7 @@ def _scale(rule: Rule, a: jax.Array, stacked: int, dtype: DTypeLike) -> ArrayLik
     if rule.axis_name is not None:
         total, live = lax.pmean((total, live), rule.axis_name)
         n = n * lax.psum(1, rule.axis_name)
-    # Both are in units of n. Where nothing is live, there is nothing to make up for.
+    # Both are fractions of n. Where nothing is live, nothing is rescaled.
     if rule.renormalize == "clamp":
         min_fraction = jnp.asarray(jnp.real(rule.min_fraction), dtype)
         scale = live / jnp.maximum(total, min_fraction * live)
@@ -177,7 +177,7 @@ def _scale(rule: Rule, a: jax.Array, stacked: int, dtype: DTypeLike) -> ArrayLik
 def _inner_product(
     us: list[jax.Array], gs: list[jax.Array], stacked: int, axis_name: AxisName
 ) -> jax.Array:
-    """Returns <u, g> of each slice, up to a positive factor."""
+    """Return <u, g> of each slice, up to a positive factor."""
     dtype = _accumulator_dtype(*us, *gs)
     pairs = zip(
         _normalized(us, stacked, dtype, axis_name),
@@ -192,9 +192,10 @@ def _inner_product(
 def _normalized(
     xs: list[jax.Array], stacked: int, dtype: DTypeLike, axis_name: AxisName = None
 ) -> list[jax.Array]:
-    """Returns the real parts of each slice times a power of two that they share.
+    """Return the real parts of each slice, scaled by a common power of two.
 
-    The largest of all is then about 1, and the products of two such do not underflow.
+    The largest magnitude is then about 1, so products of two such arrays do not
+    underflow.
     """
     parts = [_real_parts(x, dtype) for x in xs]
     largest = [jnp.max(jnp.abs(p), _axes(p, stacked), initial=0) for p in parts]
@@ -205,40 +206,40 @@ def _normalized(
 
 
 def _real_parts(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns the real (and imaginary) parts along a new last axis, 0 for NaN."""
+    """Return the real (and imaginary) parts along a new last axis, 0 for NaN."""
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     parts = [jnp.where(jnp.isnan(x), 0, p) for p in parts]
     return jnp.stack(parts, axis=-1).astype(dtype)
 
 
 def _exponent(largest: jax.Array) -> jax.Array:
-    """Returns the e for which 2^(e-1) <= largest < 2^e, the least for zero."""
+    """Return e such that 2^(e-1) <= largest < 2^e; the minimum exponent for zero."""
     exponent = jnp.frexp(largest)[1]
-    # Zeros must not set the scale for what else there is.
+    # A leaf of zeros must not determine the common scale.
     return jnp.where(largest == 0, jnp.finfo(largest.dtype).minexp, exponent)
 
 
 def _axes(x: jax.Array, stacked: int) -> tuple[int, ...]:
-    """Returns the axes of a slice."""
+    """Return the axes of a slice."""
     return tuple(range(stacked, x.ndim))
 
 
 def _accumulator_dtype(*xs: jax.Array) -> DTypeLike:
-    """Returns float32, or float64 if any leaf has that precision.
+    """Return float64 if any leaf has that precision, else float32.
 
-    A bfloat16 fraction has 8 bits: half a percent of error in every coordinate.
+    A bfloat16 fraction has 8 bits: an error of half a percent in every coordinate.
     """
     is_double = any(x.dtype in (jnp.float64, jnp.complex128) for x in xs)
     return jnp.float64 if is_double else jnp.float32
 
 
 def _is_zero(x: ArrayLike) -> bool:
-    """Returns whether x is known to be zero when it is compiled."""
+    """Return whether x is known to be zero at compile time."""
     return not isinstance(x, jax.Array) and x == 0
 
 
 def _multiply(u: jax.Array, w: jax.Array) -> jax.Array:
-    """Returns u * w, rounded once, in the dtype of u."""
+    """Return u * w in the dtype of u, rounded once."""
     wide = u.dtype if jnp.iscomplexobj(u) else w.dtype
     product = lax.mul(
         lax.convert_element_type(u, wide), lax.convert_element_type(w, wide)

@@ -1,4 +1,4 @@
-"""What can be set about the rule, and errors for what cannot be meant."""
+"""The settings of the rule, and their validation."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -14,15 +14,15 @@ Renormalize = Literal["clamp", "plus_one"] | None
 Neutral = Literal["hold", "follow", "ignore"]
 AxisName = str | Sequence[str] | None
 
-#: What counts as an array: jax.typing.ArrayLike, for isinstance.
+#: jax.typing.ArrayLike, for isinstance.
 ARRAY_LIKE = get_args(ArrayLike)
 
-# A schedule in float32 may overshoot its own end value by this much.
+# A float32 schedule may overshoot its end value by this much.
 _ROUNDING = 1e-6
 
 
 class Rule(NamedTuple):
-    """The settings that hold for every leaf; the two numbers may be traced."""
+    """The settings shared by all leaves; the two numbers may be traced."""
 
     direction: Direction
     alignment: Alignment
@@ -34,10 +34,10 @@ class Rule(NamedTuple):
 
 
 def checked(rule: Rule) -> Rule:
-    """Returns the rule, hashable but for arrays among its numbers.
+    """Validate a rule, and return it hashable except for arrays among its numbers.
 
     Raises:
-      ValueError: for a setting that cannot be meant.
+      ValueError: for an invalid setting.
     """
     check_direction(rule.direction)
     _check_choice("alignment", rule.alignment, get_args(Alignment))
@@ -51,16 +51,16 @@ def checked(rule: Rule) -> Rule:
 
 
 def check_direction(direction: Any) -> None:
-    """Raises a ValueError for an unknown direction."""
+    """Raise a ValueError for an unknown direction."""
     _check_choice("direction", direction, get_args(Direction))
 
 
 def check_weight_decay(weight_decay: Any) -> None:
-    """Raises a ValueError for a negative decay, if it is a number known by now."""
+    """Raise a ValueError for a decay that is a concrete negative number."""
     if isinstance(weight_decay, (int, float, np.number)) and weight_decay < 0:
         raise ValueError(
-            f"Cautious weight decay must not be negative, got {weight_decay}: it "
-            "shrinks the weights whatever the direction of the update."
+            f"weight_decay must not be negative, got {weight_decay}: a positive decay "
+            "shrinks the weights, whatever the direction of the update."
         )
 
 
@@ -68,9 +68,9 @@ _Settings = TypeVar("_Settings", bound=NamedTuple)
 
 
 def split(settings: _Settings) -> tuple[_Settings, dict[str, Any]]:
-    """Takes the arrays out of a NamedTuple, so that the rest can be hashed.
+    """Split a NamedTuple into its static, hashable part and its arrays.
 
-    `jax.jit` compiles anew for each value of the rest, and not for those of the arrays.
+    `jax.jit` recompiles for each new value of the static part only.
     """
     arrays = {
         name: value
@@ -81,7 +81,7 @@ def split(settings: _Settings) -> tuple[_Settings, dict[str, Any]]:
 
 
 def merge(settings: _Settings, arrays: dict[str, Any]) -> _Settings:
-    """Puts the arrays back."""
+    """Put the arrays back: the inverse of `split`."""
     return settings._replace(**arrays)
 
 
@@ -125,10 +125,10 @@ def _axis_name(axis_name: Any) -> AxisName:
 
 
 def _number(name: str, value: Any) -> tuple[ArrayLike, float | None]:
-    """Returns the number, an array only if it was one, and its value if known by now.
+    """Validate a number, and return it together with its value if that is concrete.
 
-    An array stays one: it may have another value at the next step, and must not be
-    compiled in.
+    An array stays an array: its value may change between steps, so it must not be
+    compiled in as a constant.
     """
     if isinstance(value, jax.core.Tracer):
         return value, None
@@ -138,7 +138,7 @@ def _number(name: str, value: Any) -> tuple[ArrayLike, float | None]:
             " For a schedule, use optax.inject_hyperparams." if callable(value) else ""
         )
         raise ValueError(f"{name} must be a number, got {value!r}.{hint}")
-    # optax.inject_hyperparams makes all numbers complex where a parameter is.
+    # optax.inject_hyperparams makes all numbers complex if a parameter is complex.
     number = complex(value)
     if number.imag != 0:
         raise ValueError(f"{name} must be a real number, got {value!r}.")

@@ -1,4 +1,4 @@
-"""Caution as a link of a chain, as a wrapper, and as a statistic."""
+"""Caution as a chain link, as a wrapper, and as a statistic."""
 
 import functools
 from collections.abc import Callable
@@ -20,21 +20,21 @@ from optax_cautious._settings import (
 )
 from optax_cautious._trees import Mask, Stacked
 
-_NO_GRADIENT = """cautious() needs the gradient, and a link in optax.chain is not \
-given it: it sees only what the link before it returned. Any of these hands it over:
+_NO_GRADIENT = """cautious() needs the gradient, but optax.chain passes to a link only \
+the output of the previous one. Any of these passes the gradient:
   updates, state = tx.update(grads, state, params, grad=grads)
   tx = provide_gradient(optax.chain(optax.adamw(3e-4), cautious()))
   tx = with_caution(optax.adamw(3e-4))
   tx = cautious_adamw(3e-4)"""
 
-_NOT_A_WRAPPER = """cautious() is a link for optax.chain and takes keywords alone, got \
-{args!r}. To make an optimizer cautious, write one of these:
+_NOT_A_WRAPPER = """cautious() is a link for optax.chain and takes only keyword \
+arguments, got {args!r}. To make an optimizer cautious, write one of these:
   tx = with_caution(optax.adamw(3e-4))
   tx = provide_gradient(optax.chain(optax.adamw(3e-4), cautious()))"""
 
-_NO_OPTIMIZER = """with_caution() takes the optimizer to be made cautious first:
+_NO_OPTIMIZER = """with_caution() takes an optimizer as its first argument:
   tx = with_caution(optax.adamw(3e-4))
-The link for optax.chain, which takes none, is cautious()."""
+The link for optax.chain, which takes no optimizer, is cautious()."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -43,10 +43,10 @@ _T = TypeVar("_T")
 def _takes(
     is_right: Callable[..., bool], message: str
 ) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """Answers a call of the wrong form with a message instead of Python's."""
+    """Raise a TypeError with `message` for a call of the wrong form."""
 
     def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
-        @functools.wraps(function)  # inject_hyperparams goes by the signature.
+        @functools.wraps(function)  # inject_hyperparams inspects the signature.
         def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
             if not is_right(*args, **kwargs):
                 raise TypeError(message.format(args=args))
@@ -101,75 +101,76 @@ def cautious(
       tx = optax.chain(optax.adamw(3e-4), cautious())
       updates, state = tx.update(grads, state, params, grad=grads)
 
-    or keep the call to ``update`` and let :func:`provide_gradient` pass the gradient.
+    or leave the call to ``update`` as it is and let :func:`provide_gradient` pass the
+    gradient.
 
-    An update that contains weight decay, as :func:`optax.adamw`'s does, is masked with
-    its decay; the named optimizers, such as :func:`cautious_adamw`, mask the update
-    alone.
+    If the update contains weight decay, as that of :func:`optax.adamw` does, the decay
+    is masked with it; the named optimizers, such as :func:`cautious_adamw`, mask only
+    the update.
 
-    A step may be all zeros, even twice in a row, before anything has converged: the
-    momentum may oppose the gradient everywhere. A stopping rule that goes by the size
-    of the step would stop there; use the size of the gradient instead.
+    A step may be all zeros, even twice in a row, long before convergence: the momentum
+    may oppose the gradient everywhere. A stopping rule based on the size of the step
+    would then stop; use the size of the gradient instead.
 
     Args:
-      direction: ``"ascent"`` behind ``optax.scale_by_*``, whose update still points up
-        the loss, and behind a learning rate below zero, which maximizes; ``"descent"``
-        behind a whole optimizer, whose update is to be added to the parameters. With
-        the wrong direction nothing moves at the first step, and the aligned fraction
-        of that step is 0.
-      alignment: what the signs are compared of. ``"element"``: each coordinate, as
-        above. ``"leaf"``: each leaf by its inner product with the gradient, weight 1
-        where :math:`s \langle u, g \rangle \ge 0` and ``opposed_weight`` elsewhere.
-        ``"tree"``: the same with the inner product over all leaves. The latter two do
-        not rescale, since that would cancel the weight: ``renormalize``,
-        ``min_fraction`` and ``neutral`` are for ``"element"``.
-      opposed_weight: scalar in [-1, 1], may be traced, and is then not checked. The
-        weight of a coordinate that disagrees: 0 is Cautious, 1 the base optimizer, -1
-        Grams, values between them soft caution.
-      renormalize: how the remaining coordinates make up for the missing ones.
-        ``"clamp"``: as above. ``"plus_one"``: :math:`n / (n \rho + 1)`, as in the
-        paper's first version. ``None``: not at all.
-      min_fraction: scalar in (0, 1], may be traced, and is then not checked. With
-        ``"clamp"``, the update is scaled up by at most ``1 / min_fraction``. A large
-        factor may overflow a float16 update.
-      neutral: what to do with the coordinates at which update or gradient is exactly
-        zero or NaN, as the gradient is in the rows of an embedding whose token is not
-        in the batch, and in a mixture's idle experts. ``"hold"``: as above; they have
-        weight ``max(opposed_weight, 0)`` and count in the mean, so the others are
-        scaled up for them. ``"follow"``: they have weight 1. ``"ignore"``: their weight
-        is that of ``"hold"``, and they do not count in the mean, neither in the sum nor
-        in :math:`n`; where there are no others, nothing is rescaled.
-      stacked: how many leading axes of a leaf stack things that are leaves of their own
-        in another spelling: 1 for the layers of a scan, 2 for layers and experts. Each
-        slice has its own mean (with ``"leaf"``, its own inner product). An int for all
-        leaves, a tree of ints with the structure of the updates, or a prefix of it such
-        as ``{"layers": 1, "head": 0}``, or a function of the updates that returns one.
-        ``stacked=None`` is 0 everywhere.
-      axis_name: the mapped axis, or axes, that the leaves are split along, equally, in
-        ``jax.shard_map`` or ``jax.pmap``. Needed there alone: under ``jax.jit`` the
-        fraction of a sharded leaf is global already. Do not give it for leaves that
-        every device holds whole, or separate them by ``optax.partition``; nor an axis
-        that splits ``stacked`` ones.
+      direction: ``"ascent"`` after ``optax.scale_by_*``, whose update still points up
+        the loss, and after a negative learning rate, which maximizes; ``"descent"``
+        after a complete optimizer, whose update is added to the parameters. With the
+        wrong direction the first step is zero, and so is its aligned fraction.
+      alignment: unit whose agreement is judged. ``"element"``: each coordinate, as
+        above. ``"leaf"``: each leaf by its inner product with the gradient, with weight
+        1 if :math:`s \langle u, g \rangle \ge 0` and ``opposed_weight`` otherwise.
+        ``"tree"``: all leaves together, by the inner product over all of them. The
+        latter two do not rescale, which would cancel the weight: ``renormalize``,
+        ``min_fraction`` and ``neutral`` only affect ``"element"``.
+      opposed_weight: scalar in [-1, 1]; may be traced, in which case its range is not
+        checked. The weight of a coordinate that disagrees: 0 is Cautious, 1 the base
+        optimizer, -1 Grams, and values in between are soft caution.
+      renormalize: how the surviving coordinates are rescaled. ``"clamp"``: as above.
+        ``"plus_one"``: by :math:`n / (n \rho + 1)`, as in the paper's first version.
+        ``None``: not at all.
+      min_fraction: scalar in (0, 1]; may be traced, in which case its range is not
+        checked. With ``"clamp"``, the update is scaled up by at most
+        ``1 / min_fraction``. A large factor may overflow a float16 update.
+      neutral: treatment of coordinates whose update or gradient is exactly zero or NaN.
+        Gradients are zero in the embedding rows of tokens that are absent from the
+        batch, and in idle experts. ``"hold"``: as above; such coordinates have weight
+        ``max(opposed_weight, 0)`` and count in the mean, so the others are scaled up.
+        ``"follow"``: they have weight 1. ``"ignore"``: they have the same weight as
+        with ``"hold"``, but are excluded from the mean, both from the sum and from
+        :math:`n`; a slice with no other coordinates is not rescaled.
+      stacked: number of leading axes along which separate leaves are stacked: 1 for
+        scanned layers, 2 for layers and experts. Each slice then has its own mean
+        (with ``"leaf"``, its own inner product). An int for all leaves; a tree of ints
+        with the structure of the updates, or a prefix of it such as
+        ``{"layers": 1, "head": 0}``; or a function of the updates that returns one.
+        ``None`` means 0 everywhere.
+      axis_name: name or names of the mapped axes along which the leaves are split
+        evenly in ``jax.shard_map`` or ``jax.pmap``. Not needed elsewhere: under
+        ``jax.jit`` the fraction of a sharded leaf is global already. Must not be set
+        for replicated leaves (separate them with ``optax.partition``), nor to an axis
+        that splits the ``stacked`` axes.
       mask: a tree of bools with the structure of the updates, or a prefix of it, or a
-        function of the updates that returns one. Leaves at False pass untouched. Under
-        :func:`optax.inject_hyperparams` ``mask`` and ``stacked`` have to be named in
-        ``static_args`` where they are given, or Optax makes hyperparameters of them.
-      monitor: whether the state carries the fraction of coordinates that agreed, over
-        all leaves in the mask, for ``optax.tree.get(state, "aligned_fraction")``. An
-        update of zero agrees with nothing: behind a learning rate of zero it is 0.
+        function of the updates that returns one. Leaves at False pass unchanged. Under
+        :func:`optax.inject_hyperparams`, name ``mask`` and ``stacked`` in
+        ``static_args`` if they are set, or Optax turns them into hyperparameters.
+      monitor: whether the state records the fraction of coordinates that agreed, over
+        all leaves in the mask. Read it with
+        ``optax.tree.get(state, "aligned_fraction")``. A zero update does not agree, so
+        the fraction is 0 after a learning rate of zero.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs` whose update takes the gradient
-      as the keyword ``grad``, a tree like the updates, and returns the updates in their
-      own dtypes, integers as float32. Its state is empty, or :class:`CautiousState`
-      with ``monitor=True``. An update that is NaN, or infinite and opposed, comes out
-      NaN; a finite one stays finite, whatever its gradient, unless the scale makes it
-      overflow.
+      A :class:`optax.GradientTransformationExtraArgs` whose ``update`` takes the
+      gradient as the keyword ``grad``, a tree like the updates, and returns the updates
+      in their own dtypes, integers as float32. Its state is empty, or a
+      :class:`CautiousState` with ``monitor=True``. An update that is NaN, or infinite
+      and opposed, results in NaN; a finite update stays finite, whatever its gradient,
+      unless rescaling makes it overflow.
 
     Raises:
-      ValueError: for an argument outside its range; in the update, if the gradient is
+      ValueError: for an argument outside its range; in ``update``, if the gradient is
         missing or does not match the updates in tree, shape or kind.
-      TypeError: if it is called with an optimizer, as :func:`with_caution` is.
+      TypeError: if it is called with an optimizer, like :func:`with_caution`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -228,46 +229,45 @@ def with_caution(
     mask: Mask = None,
     monitor: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Make any optimizer cautious, and keep its state.
+    r"""Make any optimizer cautious, without changing its state.
 
-    With :math:`(u_t, S_{t+1})` the update and the new state that the optimizer returns
-    for the gradient :math:`g_t`, and :math:`w_t, \rho_t` the weights and their mean as
-    in :func:`cautious`:
+    With :math:`u_t` the update that the optimizer returns for the gradient :math:`g_t`,
+    and :math:`w_t, \rho_t` the weights and their mean as in :func:`cautious`:
 
     .. math::
 
       u_t \leftarrow u_t \cdot w_t / \max(\rho_t, \rho_{\min})
 
-    The same as ``provide_gradient(optax.chain(optimizer, cautious(...)))``, except that
-    the state is the optimizer's own: a checkpoint written without caution can be
-    continued with it, and the other way round.
+    This equals ``provide_gradient(optax.chain(optimizer, cautious(...)))``, except that
+    the state is the optimizer's own: a run can switch caution on or off at any
+    checkpoint.
 
-    Around links that do not end in a learning rate, such as ``optax.scale_by_adam()``
-    in a chain of the user's own, give ``direction="ascent"``: their update still points
-    up the loss. With the wrong direction nothing moves at the first step.
+    Around links without a learning rate, such as ``optax.scale_by_adam()`` in a chain
+    of your own, set ``direction="ascent"``: their update still points up the loss. With
+    the wrong direction the first step is zero.
 
-    Caution must have the last word about the step, and the optimizer must not assume
-    that its update is applied whole. So it goes inside :class:`optax.MultiSteps`,
-    :func:`optax.contrib.schedule_free`, :func:`optax.contrib.mechanize` and a line
-    search, around the optimizer that they are given; docs/usage.md has a table.
+    Caution must act last on the step, and the optimizer must not assume that its update
+    is applied unchanged. So put ``with_caution`` inside :class:`optax.MultiSteps`,
+    :func:`optax.contrib.schedule_free`, :func:`optax.contrib.mechanize` and line
+    searches, around the optimizer that they wrap; docs/usage.md has a table.
 
     Args:
-      optimizer: the transformation whose updates are compared with the gradient, which
-        is what arrives at it.
+      optimizer: the transformation to make cautious. Its incoming updates must be the
+        gradient.
       direction: ``"ascent"`` if the optimizer's update points up the loss, as that of
-        ``optax.scale_by_*`` does, and that of an optimizer with a learning rate below
-        zero; ``"descent"`` if it is to be added to the parameters. See
-        :func:`cautious`, as for all the arguments that follow.
-      alignment: what the signs are compared of.
-      opposed_weight: the weight of a coordinate that disagrees.
-      renormalize: how the remaining coordinates make up for the missing ones.
-      min_fraction: the least fraction that the update is divided by.
-      neutral: what to do where update or gradient is exactly zero or NaN.
-      stacked: how many leading axes stack leaves.
-      axis_name: the mapped axes that the leaves are split along.
-      mask: the leaves to be cautious with.
-      monitor: whether to report the fraction of coordinates that agreed. The state is
-        then the pair of the optimizer's and a :class:`CautiousState`.
+        ``optax.scale_by_*`` or of an optimizer with a negative learning rate;
+        ``"descent"`` if it is added to the parameters. For this and all following
+        arguments see :func:`cautious`.
+      alignment: unit whose agreement is judged.
+      opposed_weight: weight of a coordinate that disagrees.
+      renormalize: how the surviving coordinates are rescaled.
+      min_fraction: lower bound of the fraction by which the update is divided.
+      neutral: treatment of coordinates whose update or gradient is zero or NaN.
+      stacked: number of leading axes along which leaves are stacked.
+      axis_name: mapped axes along which the leaves are split.
+      mask: which leaves caution applies to.
+      monitor: whether to record the fraction of coordinates that agreed. The state is
+        then a pair of the optimizer's state and a :class:`CautiousState`.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`.
@@ -275,7 +275,7 @@ def with_caution(
     Raises:
       ValueError: see :func:`cautious`.
       TypeError: if ``optimizer`` is not an optimizer, or is an
-        :class:`optax.MultiSteps`, which goes around this.
+        :class:`optax.MultiSteps`, which must be the outer of the two.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -304,7 +304,7 @@ def aligned_fraction(
     direction: Direction = "descent",
     stacked: Stacked = None,
 ) -> optax.Updates:
-    r"""Report, for each leaf, the fraction of coordinates at which the signs agree.
+    r"""Compute the fraction of coordinates of each leaf whose signs agree.
 
     For a leaf with :math:`n` coordinates, and :math:`s` as in :func:`cautious`:
 
@@ -314,20 +314,21 @@ def aligned_fraction(
         s \cdot \operatorname{sign}(u_i) \cdot \operatorname{sign}(g_i) > 0 \} \right|
 
     Args:
-      updates: a tree of updates: arrays of any shape and any type of numbers.
+      updates: a tree of updates, arrays of any shape and numeric dtype.
       grad: the gradient, a tree like `updates`.
-      direction: ``"descent"`` for updates that are to be added to the parameters,
-        ``"ascent"`` for ones that point up the loss.
-      stacked: how many leading axes of a leaf stack leaves; see :func:`cautious`.
+      direction: ``"descent"`` for updates that are added to the parameters,
+        ``"ascent"`` for updates that point up the loss.
+      stacked: number of leading axes along which separate leaves are stacked; see
+        :func:`cautious`.
 
     Returns:
       A tree like `updates` with a float32 scalar in [0, 1] for each leaf, or an array
-      of them over its stacked axes. A coordinate at which either side is zero or NaN
-      does not agree; an empty leaf has 0.
+      of its stacked axes' shape. A coordinate whose update or gradient is zero or NaN
+      does not agree; the fraction of an empty leaf is 0.
 
     Raises:
-      ValueError: for an unknown direction, or if `grad` does not match `updates` in
-        tree, shape or kind, or `stacked` does not.
+      ValueError: for an unknown direction, or if `grad` or `stacked` does not match
+        `updates` in tree, shape or kind.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""From trees to the arrays that caution is about, and back."""
+"""Flatten trees into the arrays that caution acts on, and rebuild them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -15,24 +15,24 @@ Mask = Any | Callable[[optax.Updates], Any]
 Stacked = Any | Callable[[optax.Updates], Any]
 
 _STATIC_ARGS = (
-    "Under optax.inject_hyperparams name {name} in static_args, or Optax makes a "
-    "hyperparameter of it."
+    "Under optax.inject_hyperparams name {name} in static_args, or Optax turns it into "
+    "a hyperparameter."
 )
 
 
 class Pairs(NamedTuple):
-    """The arrays of an update that caution is about, beside their gradients."""
+    """The arrays of an update that caution acts on, with their gradients."""
 
     leaves: list[Leaf]
-    #: Which of all arrays of the update these are.
+    #: For each array of the update, whether it is among `leaves`.
     kept: list[bool]
     #: All arrays of the update.
     updates: list[Any]
     treedef: Any
 
     def unflatten(self, new: Iterable[jax.Array]) -> optax.Updates:
-        """Puts new arrays into the update's tree, in the place of `leaves`."""
-        # Lists throughout: a node of the user's may refuse to hold anything but arrays.
+        """Rebuild the update's tree with new arrays in place of `leaves`."""
+        # Not by jax.tree.map: a custom node may refuse to hold anything but arrays.
         new = iter(new)
         return self.treedef.unflatten(
             next(new) if keep else u
@@ -40,7 +40,7 @@ class Pairs(NamedTuple):
         )
 
     def like(self, tree: optax.Updates) -> list[Any]:
-        """Lists what a tree like the update holds in the places of `leaves`."""
+        """List the leaves of a tree like the update at the positions of `leaves`."""
         both = zip(jax.tree.leaves(tree), self.kept, strict=True)
         return [leaf for leaf, keep in both if keep]
 
@@ -48,10 +48,10 @@ class Pairs(NamedTuple):
 def pair(
     updates: optax.Updates, grad: optax.Updates, *, mask: Mask, stacked: Stacked
 ) -> Pairs:
-    """Pairs the arrays of `updates` that `mask` keeps with their gradients.
+    """Pair the arrays of `updates` that `mask` keeps with their gradients.
 
     Where `updates` holds None (Equinox) or MaskedNode (optax.masked, optax.partition)
-    the gradient may hold anything: a caller's gradient is not masked along.
+    the gradient may hold anything, since those wrappers do not mask extra arguments.
     """
     arrays, treedef = jax.tree.flatten(updates)
     kept, depths = _kept(mask, updates), _depths(stacked, updates)
@@ -69,14 +69,14 @@ def pair(
 
 
 def _inexact(x: Any) -> jax.Array:
-    """Returns an array, of float32 where it holds integers, as times a number."""
+    """Return an array, converting integers to float32 as multiplication would."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 
 def _gradients(updates: optax.Updates, grad: optax.Updates) -> list[Any]:
-    """Lists what `grad` holds at each array of `updates`."""
-    treedef: Any  # the type that JAX gives it has no methods
+    """List the subtree of `grad` at each array of `updates`."""
+    treedef: Any  # JAX's stub of the type has no methods.
     entries, treedef = jax.tree.flatten(updates, is_leaf=_is_absent)
     try:
         subtrees = treedef.flatten_up_to(grad)
@@ -87,7 +87,7 @@ def _gradients(updates: optax.Updates, grad: optax.Updates) -> list[Any]:
 
 
 def _kept(mask: Mask, updates: optax.Updates) -> list[bool]:
-    """Tells for each array of `updates` whether `mask` keeps it."""
+    """List for each array of `updates` whether `mask` keeps it."""
     n = len(jax.tree.leaves(updates))
     if mask is None:
         return [True] * n
@@ -96,8 +96,8 @@ def _kept(mask: Mask, updates: optax.Updates) -> list[bool]:
     is_traced = isinstance(tree, jax.core.Tracer)
     if isinstance(tree, ARRAY_LIKE) and not is_traced and not _is_leaf(updates):
         raise ValueError(
-            f"mask is {tree!r}, one bool for a tree of arrays: give a tree of bools, "
-            "or a function of the updates that returns one. "
+            f"mask is {tree!r}, a single bool for a tree of arrays. Pass a tree of "
+            "bools, or a function of the updates that returns one. "
             + _STATIC_ARGS.format(name="the mask")
         )
     try:
@@ -111,16 +111,16 @@ def _kept(mask: Mask, updates: optax.Updates) -> list[bool]:
 
 
 def _depths(stacked: Stacked, updates: optax.Updates) -> list[int]:
-    """Tells for each array of `updates` how many of its leading axes are stacked."""
+    """List for each array of `updates` how many of its leading axes are stacked."""
     if stacked is None:
         return [0] * len(jax.tree.leaves(updates))
     tree = stacked(updates) if _is_callable(stacked) else stacked
     # optax.inject_hyperparams calls a function with the step instead of the updates.
     if isinstance(tree, int) and tree == 0 and not _is_leaf(updates):
         raise ValueError(
-            "stacked is 0, one number for a tree of arrays: give a tree of numbers, a "
-            "function of the updates that returns one, or None where nothing is "
-            "stacked. " + _STATIC_ARGS.format(name="stacked")
+            "stacked is 0, a single number for a tree of arrays. Pass a tree of "
+            "numbers, a function of the updates that returns one, or None if nothing "
+            "is stacked. " + _STATIC_ARGS.format(name="stacked")
         )
     try:
         return [_as_depth(depth) for depth in _broadcast(tree, updates)]
@@ -133,7 +133,7 @@ def _depths(stacked: Stacked, updates: optax.Updates) -> list[int]:
 
 
 def _broadcast(prefix: Any, tree: optax.Updates) -> list[Any]:
-    """Lists, for each leaf of a tree, what a prefix of the tree holds there."""
+    """List the value of a tree prefix at each leaf of a tree."""
     treedef: Any
     leaves, treedef = jax.tree.flatten(prefix)
     pairs = zip(leaves, treedef.flatten_up_to(tree), strict=True)
@@ -148,7 +148,7 @@ def _hint_of_a_part(updates: optax.Updates) -> str:
     entries = jax.tree.leaves(updates, is_leaf=_is_absent)
     if not any(isinstance(entry, optax.MaskedNode) for entry in entries):
         return ""
-    return " Inside optax.partition or optax.masked, give a function of the updates."
+    return " Inside optax.partition or optax.masked, pass a function of the updates."
 
 
 def _is_absent(x: Any) -> bool:
@@ -163,7 +163,7 @@ def _is_callable(setting: Any) -> bool:
 def _as_bool(keep: Any) -> bool:
     if isinstance(keep, jax.core.Tracer):
         raise TypeError(
-            "the mask is traced, but must be known when it is compiled. "
+            "the mask is traced, but must be known at compile time. "
             + _STATIC_ARGS.format(name="the mask")
         )
     if not isinstance(keep, ARRAY_LIKE) or jnp.ndim(keep) or keep not in (0, 1):
@@ -184,7 +184,7 @@ def _as_depth(depth: Any) -> int:
 
 
 def _problem(u: Any, g: Any, depth: int) -> str | None:
-    """Says what is wrong with a leaf, and what to do, with a place for its name."""
+    """Describe what is wrong with a leaf and what to do, as a template for its name."""
     same = "Pass the gradient of the same parameters."
     exempt = "Exempt the leaf with a mask."
     if not jax.tree_util.all_leaves([g]):
@@ -205,8 +205,8 @@ def _problem(u: Any, g: Any, depth: int) -> str | None:
     if g_shape[1:] == u_shape and len(g_shape) == len(u_shape) + 1:
         return (
             f"The gradient at {{name}} has shape {g_shape}, one axis more than the "
-            f"update's {u_shape}. If that is one gradient for each example, be "
-            "cautious after the link that adds them up: optax.chain(optax.contrib."
+            f"update's {u_shape}. If these are per-example gradients, apply caution "
+            "after the link that aggregates them: optax.chain(optax.contrib."
             "differentially_private_aggregate(...), with_caution(...))."
         )
     if u_shape != g_shape:
@@ -223,7 +223,7 @@ def _problem(u: Any, g: Any, depth: int) -> str | None:
     if depth > len(u_shape):
         return (
             f"stacked is {depth} at {{name}}, but the update there has shape "
-            f"{u_shape}: give a tree of numbers, with 0 for leaves that stack nothing."
+            f"{u_shape}. Pass a tree of numbers, with 0 for leaves that stack nothing."
         )
     return None
 

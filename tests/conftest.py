@@ -1,9 +1,9 @@
-"""Eight simulated devices, programs compiled once, and one profile for hypothesis."""
+"""Eight simulated devices, a compilation cache, and a profile for Hypothesis."""
 
 import os
 from pathlib import Path
 
-# JAX reads these when it starts; the tests' own processes inherit them.
+# JAX reads these on import; subprocesses of the tests inherit them.
 _CACHE = Path(__file__).parents[1] / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -13,6 +13,6 @@ os.environ["XLA_FLAGS"] = (
 
 import hypothesis  # noqa: E402
 
-# Compilation makes the first example of each test slow, not wrong.
+# No deadline: compilation makes the first example of each test slow.
 hypothesis.settings.register_profile("jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("jax")

@@ -1,4 +1,4 @@
-"""The named optimizers, one row each: what the tests need to know of them."""
+"""The named optimizers, one row each, with what the tests need to know."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -14,17 +14,17 @@ BIASES = {"w": True, "b": False}
 
 
 class Named(NamedTuple):
-    #: optax's.
+    #: Optax's optimizer.
     base: Callable[..., optax.GradientTransformation]
-    #: Further ways in which it is configured, each as optax takes it.
+    #: Further configurations, as keyword arguments of Optax's optimizer.
     configurations: list[Mapping[str, Any]]
-    #: What makes its update oppose the gradient within a few steps.
+    #: Arguments with which its update opposes the gradient within a few steps.
     momentum: Mapping[str, Any] = {}
-    #: What takes its default decay away.
+    #: Arguments that disable its default decay.
     undecayed: Mapping[str, Any] = {}
-    #: What makes it decay by 0.3 times a learning rate of 1e-2; None if it cannot.
+    #: Arguments for a decay of 0.3 times a learning rate of 1e-2; None if it has none.
     decayed: Mapping[str, Any] | None = None
-    #: What optax.inject_hyperparams has to leave alone.
+    #: The static arguments for optax.inject_hyperparams.
     static_args: tuple[str, ...] = ()
 
     @property
@@ -123,7 +123,7 @@ CONFIGURATIONS = [
     for kwargs in ({}, *named.configurations)
 ]
 DECAYING = [name for name, named in NAMED.items() if named.decayed is not None]
-#: Caution's keywords in the named optimizers, in order, by those of the link.
+#: The parameters of `cautious` in order, by their names in the named optimizers.
 CAUTION = {
     {"mask": "caution_mask"}.get(name, name): parameter
     for name, parameter in inspect.signature(optax_cautious.cautious).parameters.items()
@@ -132,12 +132,12 @@ CAUTION = {
 
 
 def make(name: str, *args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
-    """Makes a named optimizer, with momentum and without its default decay."""
+    """Build a named optimizer, with momentum and without its default decay."""
     named = NAMED[name]
     return named.ours(*args, **{**named.momentum, **named.undecayed, **kwargs})
 
 
 def make_base(name: str, *args: Any, **kwargs: Any) -> optax.GradientTransformation:
-    """Makes the one of optax, likewise."""
+    """Build Optax's optimizer, with momentum and without its default decay."""
     named = NAMED[name]
     return named.base(*args, **{**named.momentum, **named.undecayed, **kwargs})

@@ -1,4 +1,4 @@
-"""The cautious rule in NumPy, float64, one coordinate at a time."""
+"""The cautious rule in NumPy and float64, one coordinate at a time."""
 
 import math
 
@@ -6,17 +6,17 @@ import numpy as np
 
 
 def agreement(u, g, direction: str) -> float:
-    """Returns a_i of one coordinate.
+    """Compute the agreement a_i of one coordinate.
 
-    A float32 squared is well within the range of a float64, so here, unlike in the
-    library, the product itself has the right sign.
+    The product of two float32 numbers is well within the range of float64, so unlike in
+    the library, the product itself has the right sign.
     """
     s = {"descent": -1, "ascent": 1}[direction]
     return s * float(np.sign((u * complex(g).conjugate()).real))
 
 
 def element(u, g, direction, opposed_weight, renormalize, min_fraction, neutral="hold"):
-    """Returns the cautious update of one leaf."""
+    """Compute the cautious update of one leaf."""
     u = np.asarray(u)
     weights, live = [], []
     for u_i, g_i in zip(u.ravel().tolist(), np.asarray(g).ravel().tolist()):
@@ -44,7 +44,7 @@ def element(u, g, direction, opposed_weight, renormalize, min_fraction, neutral=
 
 
 def inner_product(us, gs, direction, opposed_weight):
-    """Returns the cautious updates of leaves that stand or fall together."""
+    """Compute the cautious updates of leaves that share one inner product."""
     s = {"descent": -1, "ascent": 1}[direction]
     pairs = [
         (u_i, g_i)

@@ -1,7 +1,7 @@
-"""cautious_adamw, which counts by the first moment, is the chain, which cannot.
+"""cautious_adamw, which counts by the first moment, matches the chain, which cannot.
 
-The default branch of platform_dependent, which other backends than the CPU take, runs
-on a CPU just as well: each comparison is made with either branch.
+Each test runs with both branches of platform_dependent: the default branch, taken by
+backends other than the CPU, runs on a CPU as well.
 """
 
 import functools
@@ -42,7 +42,7 @@ ADAM = {
 }
 CASES = [(a, "default") for a in ADAM] + [("default", c) for c in CAUTION]
 CASES += [("nesterov", c) for c in ("soft", "monitor")]
-# Complex numbers take long to compile, and a complex moment has no bfloat16.
+# Complex code compiles slowly, and bfloat16 has no complex counterpart.
 COMPLEX_CASES = [("default", "grams"), ("nesterov", "soft")]
 DTYPED_CASES = [
     *((*case, jnp.float32) for case in CASES),
@@ -65,7 +65,7 @@ def branch(request):
 
 
 def gradients(step: int, dtype=jnp.float32):
-    """Normal numbers of many magnitudes, a tenth of them exactly zero."""
+    """Draw normal numbers of many magnitudes, a tenth of them exactly zero."""
     rng = np.random.default_rng(step)
 
     def leaf(shape):
@@ -79,7 +79,7 @@ def gradients(step: int, dtype=jnp.float32):
 
 
 def both(adam, caution):
-    """Returns the fused form and the chain, without decay, so that a mask shows."""
+    """Build the fused form and the chain, without decay, which would hide the mask."""
     renamed = {("caution_mask" if k == "mask" else k): v for k, v in caution.items()}
     fused = cautious_adamw(1.0, weight_decay=0.0, **adam, **renamed)
     chain = optax.chain(
@@ -91,7 +91,7 @@ def both(adam, caution):
 
 
 def assert_equal_updates(actual, expected):
-    """Equal masks, and values within 2 ulp of the update's scale."""
+    """Check that masks are equal, and values within 2 ulp of the update's scale."""
     for name, e in expected.items():
         a, e = np.asarray(actual[name]), np.asarray(e)
         np.testing.assert_array_equal(a == 0, e == 0)
@@ -100,7 +100,7 @@ def assert_equal_updates(actual, expected):
 
 
 @pytest.mark.parametrize(("adam", "caution", "dtype"), DTYPED_CASES)
-def test_the_fused_form_is_the_chain(adam, caution, dtype):
+def test_the_fused_form_matches_the_chain(adam, caution, dtype):
     fused, chain = both(ADAM[adam], CAUTION[caution])
     params = jax.tree.map(jnp.ones_like, gradients(0, dtype))
     state, expected_state = fused.init(params), chain.init(params)
@@ -112,19 +112,19 @@ def test_the_fused_form_is_the_chain(adam, caution, dtype):
         expected, expected_state = expected_update(grads, expected_state, params)
         assert_equal_updates(updates, expected)
         chex.assert_trees_all_close(state, expected_state, rtol=1e-6)
-    # Some coordinate has been opposed at the last step, and not all.
+    # Some coordinates, but not all, are opposed at the last step.
     if caution == "default" and adam != "no_momentum":
         assert 0.2 < np.mean(np.asarray(updates["matrix"]) == 0) < 0.8
 
 
-def test_the_state_is_that_of_optax_adamw():
+def test_the_state_matches_optax_adamw():
     params = gradients(0)
     for adam in ADAM.values():
         ours = cautious_adamw(1.0, **adam).init(params)
         chex.assert_trees_all_equal(ours, optax.adamw(1.0, **adam).init(params))
 
 
-def test_a_nan_stays_where_it_is():
+def test_a_nan_does_not_spread():
     fused, chain = both({}, {})
     grads = gradients(0)
     grads["matrix"] = grads["matrix"].at[3, 5].set(jnp.nan)
@@ -157,7 +157,7 @@ def test_the_moment_has_the_sign_of_the_update(nesterov):
 
 
 def test_an_update_that_underflows_is_counted_by_its_moment():
-    # What the docstring says of the one difference: 1e-30 / sqrt(1e20) is zero.
+    # The one difference, as documented: 1e-30 / sqrt(1e20) underflows to zero.
     adam = optax.scale_by_adam()
     grads = jnp.array([1e-30, 1.0])
     state = adam.init(grads)._replace(nu=jnp.array([1e20, 1e-3]))
@@ -180,7 +180,7 @@ def dtype(request):
     "shape", [(), (1,), (31,), (37,), (64,), (3, 50257), (5, 4, 9)]
 )
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_the_count_on_a_cpu_is_the_mean(share, shape, dtype):
+def test_the_fraction_on_a_cpu_is_the_mean(share, shape, dtype):
     mask = jax.random.bernoulli(jax.random.key(0), share, shape)
     axes = tuple(range(mask.ndim))
     actual = jax.jit(_mean.fraction_on_cpu, static_argnums=(1, 2))(mask, axes, dtype)
@@ -192,8 +192,8 @@ def test_the_count_on_a_cpu_is_the_mean(share, shape, dtype):
 @pytest.mark.parametrize("spec", [P("x", None), P(None, "x"), P("x", "y"), P()])
 @pytest.mark.parametrize("columns", [24, 1376])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_leaves_whatever_the_type_of_the_axes(spec, columns, axis_type):
-    # An axis that is sharded in the type can only be split where the shards are.
+def test_sharded_leaves_with_every_axis_type(spec, columns, axis_type):
+    # An axis that the type declares sharded can only be split at its shards.
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     grads = [jax.random.normal(jax.random.key(i), (16, columns)) for i in range(3)]
     tx = cautious_adamw(1.0, weight_decay=0.0)

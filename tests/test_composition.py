@@ -1,4 +1,4 @@
-"""Caution inside optax's wrappers, and driven by each of the JAX libraries."""
+"""Caution inside Optax's wrappers and in the training loops of JAX libraries."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -38,12 +38,12 @@ def masked_update(u: dict, g: dict) -> dict:
     return cautious().update(u, optax.EmptyState(), grad=g)[0]
 
 
-# Optax's wrappers.
+# Inside Optax's wrappers.
 
 
 @pytest.mark.parametrize("compatible", [False, True])
 def test_masked_with_the_callers_gradient(compatible):
-    """The gradient has leaves where the updates hold MaskedNode, or is masked along."""
+    """The gradient has leaves where the updates hold MaskedNode, or is masked too."""
     tx = optax.masked(
         cautious(), {"w": True, "b": False}, mask_compatible_extra_args=compatible
     )
@@ -73,8 +73,8 @@ def test_partition_with_the_callers_gradient(compatible):
         assert_close(out, {"w": expected["w"], "b": unmasked["b"]})
 
 
-def test_caution_may_be_masked_from_within_a_partition():
-    """A mask of the whole tree's structure meets updates that hold MaskedNode."""
+def test_a_caution_mask_inside_a_partition():
+    """The mask has the structure of the whole tree; the updates hold MaskedNode."""
     inner = with_caution(optax.trace(0.9), mask={"w": True, "b": False})
     tx = optax.partition({"a": inner, "b": optax.identity()}, {"w": "a", "b": "b"})
     out, _ = tx.update(gradient(0), tx.init(PARAMS))
@@ -82,13 +82,13 @@ def test_caution_may_be_masked_from_within_a_partition():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_multi_steps_is_cautious_about_the_accumulated_gradient(form):
+def test_multi_steps_compares_with_the_accumulated_gradient(form):
     tx = optax.MultiSteps(FORMS[form], every_k_schedule=2)
     reference = FORMS[form]
     state, expected_state = tx.init(PARAMS), reference.init(PARAMS)
     for step in range(4):
         first, second = gradient(2 * step), gradient(2 * step + 1)
-        # The caller's own gradient, of a micro-batch, must not be what counts.
+        # The caller's gradient, that of a micro-batch, must be ignored.
         updates, state = tx.update(first, state, PARAMS, grad=first)
         assert_close(updates, jax.tree.map(jnp.zeros_like, PARAMS))
         updates, state = tx.update(second, state, PARAMS, grad=second)
@@ -164,7 +164,7 @@ def test_lookahead(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_schedule_free(form):
-    """Caution goes inside: the outer state assumes that its update is applied whole."""
+    """Caution goes inside: the outer state assumes an unmodified update."""
     base = {
         "provide_gradient": provide_gradient(optax.chain(optax.sgd(0.1), cautious())),
         "with_caution": with_caution(optax.sgd(0.1)),
@@ -210,7 +210,7 @@ def test_named_chain_and_tree_map_params():
     assert doubled["caution"] == state["caution"]
 
 
-# The libraries that people train with. Each takes the steps of a plain loop.
+# In the training loops of JAX libraries, each compared with a plain loop.
 
 INPUTS = jax.random.normal(jax.random.key(0), (16, 3))
 TARGETS = jnp.sin(INPUTS @ jnp.array([[1.0], [2.0], [-1.0]]))
@@ -226,7 +226,7 @@ def callers_optimizer() -> optax.GradientTransformationExtraArgs:
 
 
 def plain_loop(objective, params):
-    """The reference: `with_caution`, params a tree of arrays."""
+    """Train a tree of arrays with `with_caution`, as the reference."""
     tx = with_caution(optax.adamw(0.1))
     state = tx.init(params)
     for _ in range(STEPS):
@@ -260,7 +260,7 @@ def assert_trees_close(a, b) -> None:
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_the_examples_below_exercise_caution():
+def test_caution_changes_the_plain_loop():
     params = LinenModel().init(jax.random.key(1), INPUTS)
     cautious_params = plain_loop(linen_objective, params)
     plain = uncautious_loop(linen_objective, params)
@@ -284,7 +284,7 @@ def test_flax_train_state(callers):
         grads = jax.grad(linen_objective)(state.params)
         if not callers:
             return state.apply_gradients(grads=grads)
-        # apply_gradients passes no extra arguments on: the loop does it itself.
+        # apply_gradients does not forward extra arguments, so call update directly.
         updates, opt_state = state.tx.update(
             grads, state.opt_state, state.params, grad=grads
         )
@@ -328,7 +328,7 @@ def test_flax_nnx_optimizer(callers):
 
 @pytest.mark.parametrize("callers", [False, True])
 def test_equinox_with_none_leaves(callers):
-    """The activation is not an array: its leaf is None in the gradient."""
+    """The activation is not an array, so its leaf is None in the gradient."""
     model = eqx.nn.MLP(3, 1, 8, 1, activation=jnp.tanh, key=jax.random.key(1))
     tx = callers_optimizer() if callers else optimizer()
     params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -357,7 +357,7 @@ def test_equinox_with_none_leaves(callers):
 
 
 def test_equinox_module_as_a_mask():
-    """A mask that is itself callable, as a module is, is still a tree."""
+    """A callable mask, such as a module, is still treated as a tree."""
     model = eqx.nn.Linear(3, 2, key=jax.random.key(0))
     mask = jax.tree.map(lambda x: x.ndim == 2, model)
     assert callable(mask)
@@ -393,7 +393,7 @@ def test_haiku(callers):
     assert_trees_close(params, plain_loop(objective, start))
 
 
-def test_named_optimizer_with_everything_around_it():
+def test_a_named_optimizer_inside_several_wrappers():
     """Clipping, a schedule, accumulation and a finite check around cautious AdamW."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, 100)
     tx = optax.MultiSteps(

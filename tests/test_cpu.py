@@ -1,4 +1,4 @@
-"""Temporary memory on a CPU, where fresh memory is what a step waits for."""
+"""Temporary memory on a CPU, where allocating memory dominates the step time."""
 
 import math
 
@@ -11,14 +11,14 @@ from optax_cautious import _mean, cautious_adamw, cautious_sgd, with_caution
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
-    reason="Older compilers fuse less: the updates are right, and take more memory.",
+    reason="Older compilers fuse less: the updates are right, but need more memory.",
 )
 
 SHAPES = [(512, 1376), (1024, 512), (3, 50257), (512,)]
 
 
 def temporaries(tx: optax.GradientTransformation, **options: str) -> float:
-    """Returns the temporary memory of a step, in arrays of all parameters."""
+    """Return the temporary memory of a step in units of all parameters."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in SHAPES]
     state = jax.eval_shape(tx.init, params)
 
@@ -42,22 +42,22 @@ def temporaries(tx: optax.GradientTransformation, **options: str) -> float:
     ],
     ids=["adamw", "nesterov", "monitor", "stacked", "sgd"],
 )
-def test_there_is_next_to_none(tx):
+def test_named_optimizers_need_almost_no_temporaries(tx):
     assert temporaries(tx) < 0.05
 
 
-def test_the_chain_keeps_the_update_and_nothing_more():
+def test_the_chain_stores_only_the_update():
     assert temporaries(with_caution(optax.adamw(1e-3))) < 1.05
 
 
-def test_leaf_by_leaf_the_chain_keeps_the_update_of_one():
+def test_scheduled_for_memory_the_chain_stores_the_update_of_one_leaf():
     tx = with_caution(optax.adamw(1e-3))
     sizes = [math.prod(shape) for shape in SHAPES]
     used = temporaries(tx, xla_cpu_scheduler_type="CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
     assert used == pytest.approx(max(sizes) / sum(sizes), abs=0.05)
 
 
-def test_the_plain_mean_would_take_as_much_as_the_parameters(monkeypatch):
+def test_a_plain_mean_needs_as_much_as_the_parameters(monkeypatch):
     def plain(mask, axes, dtype):
         return jnp.mean(mask, axes, dtype)
 

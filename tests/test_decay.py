@@ -1,4 +1,4 @@
-"""Cautious weight decay: the link, and in the named optimizers."""
+"""Cautious weight decay, as a link and in the named optimizers."""
 
 import chex
 import jax
@@ -12,7 +12,7 @@ from tests.named import BIASES, DECAYING, NAMED, make
 
 PARAMS = {"w": jnp.array([[1.0, -2.0, 3.0, 0.0]]), "b": jnp.array([2.0, -1.0])}
 UPDATES = {"w": jnp.array([[1.0, 1.0, 0.0, 1.0]]), "b": jnp.array([-1.0, -1.0])}
-#: Where the update points up the loss, and the decay does not oppose it.
+#: 1 where the decay does not oppose the update, for updates that point up the loss.
 DECAYED = {"w": jnp.array([[1.0, 0.0, 1.0, 1.0]]), "b": jnp.array([0.0, 1.0])}
 
 
@@ -27,7 +27,7 @@ def apply(tx, updates=UPDATES):
 
 
 @pytest.mark.parametrize("strength", [0.1, jnp.float32(0.1), lambda count: 0.1])
-def test_it_decays_where_it_does_not_oppose(strength):
+def test_it_decays_where_it_does_not_oppose_the_update(strength):
     tx = add_cautious_decayed_weights(strength)
     out, state = apply(tx)
     chex.assert_trees_all_close(out, expected(0.1))
@@ -42,13 +42,13 @@ def test_a_traced_decay():
     chex.assert_trees_all_close(traced(0.1), expected(0.1))
 
 
-def test_an_update_that_is_to_be_added():
+def test_direction_descent():
     tx = add_cautious_decayed_weights(0.1, direction="descent")
     out, _ = apply(tx, jax.tree.map(jnp.negative, UPDATES))
     chex.assert_trees_all_close(out, expected(0.1, sign=-1.0))
 
 
-def test_a_schedule_goes_by_the_step():
+def test_a_schedule_is_evaluated_at_each_step():
     tx = add_cautious_decayed_weights(optax.linear_schedule(0.0, 1.0, 10))
     state = tx.init(PARAMS)
     for step in range(3):
@@ -65,7 +65,7 @@ def test_mask(mask):
     assert jax.tree.structure(state) == jax.tree.structure(apply(plain)[1])
 
 
-def test_a_decay_that_underflows_against_the_update_is_compared_by_sign():
+def test_a_product_that_underflows_still_has_a_sign():
     params, u = jnp.array([1e-30, -1e-30]), jnp.array([1e-30, 1e-30])
     tx = add_cautious_decayed_weights(1.0)
     out, _ = tx.update(u, tx.init(params), params)
@@ -87,7 +87,7 @@ def test_dtypes_none_and_nan():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="Cautious weight decay must not be negative"):
+    with pytest.raises(ValueError, match="weight_decay must not be negative"):
         add_cautious_decayed_weights(-0.1)
     with pytest.raises(ValueError, match="direction must be one of"):
         add_cautious_decayed_weights(0.1, direction="up")
@@ -116,7 +116,7 @@ def test_a_named_optimizer_decays_only_along_its_update(name):
     assert states[2] == states[1]
     for k, p in params.items():
         update, plain = found["none"][k], found["plain"][k]
-        # What is to be added has the sign of the parameter where it grows it.
+        # The update is added, so it shrinks a parameter of the opposite sign.
         along = update * p <= 0
         assert jnp.any(along)
         assert not jnp.all(along)

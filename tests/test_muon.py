@@ -1,4 +1,4 @@
-"""What only Muon has: caution on the update or on the momentum."""
+"""Muon's choice of caution on the update or on the momentum."""
 
 import chex
 import jax
@@ -34,7 +34,7 @@ def run(tx, state=None):
 
 @pytest.mark.parametrize("options", [{}, *NAMED["muon"].configurations[:5]])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_but_for_caution_both_forms_are_muon(nesterov, options):
+def test_with_opposed_weight_one_both_forms_are_muon(nesterov, options):
     base = optax.contrib.muon(1e-2, nesterov=nesterov, **options)
     expected, state = run(base)
     tx = cautious_muon(
@@ -49,8 +49,8 @@ def test_but_for_caution_both_forms_are_muon(nesterov, options):
     chex.assert_trees_all_close(own, state, rtol=1e-5, atol=1e-6)
 
 
-def test_what_each_form_promises():
-    """Only with the mask on the update no coordinate moves against the gradient."""
+def test_only_the_mask_on_the_update_is_strict():
+    """With the mask on the update, no coordinate moves against the gradient."""
     opposed = {}
     for form in ("update", "momentum"):
         found, _ = run(cautious_muon(1e-2, caution_on=form))
@@ -61,7 +61,7 @@ def test_what_each_form_promises():
 
 
 @pytest.mark.parametrize("form", ["update", "momentum"])
-def test_the_coefficients_are_those_of_the_state(form):
+def test_the_coefficients_are_read_from_the_state(form):
     other = cautious_muon(1e-2, (2.0, -1.5, 0.5), caution_on=form)
     tx = cautious_muon(1e-2, caution_on=form)
     expected, _ = run(other)
@@ -89,6 +89,6 @@ def test_the_monitor_counts_the_momentum_of_matrices():
     assert abs(float(optax.tree.get(state, "aligned_fraction") * 15 - agree)) <= 1
 
 
-def test_an_unknown_form():
+def test_an_unknown_form_is_rejected():
     with pytest.raises(ValueError, match="caution_on must be one of 'update', 'mom"):
         cautious_muon(1e-2, caution_on="gradient")

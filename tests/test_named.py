@@ -1,4 +1,4 @@
-"""The named optimizers: drop-in for optax's, decay outside the mask."""
+"""The named optimizers: drop-in for Optax's, with decay outside the mask."""
 
 import functools
 import inspect
@@ -38,7 +38,7 @@ def gradients(params: dict, steps: int) -> list[dict]:
 
 
 def trajectory(tx: optax.GradientTransformation, params: dict, steps: int, state=None):
-    """Returns the parameters and states after each step."""
+    """Return the parameters and the state after each step."""
     state = tx.init(params) if state is None else state
     update = jax.jit(tx.update)
     found = []
@@ -76,12 +76,12 @@ def test_signature_is_optaxs_then_the_caution_keywords(name):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), CONFIGURATIONS)
-def test_but_for_caution_it_is_the_base_optimizer(name, kwargs):
-    """With an opposed weight of 1. Otherwise the steps differ, the state's tree not."""
+def test_with_opposed_weight_one_it_is_the_base_optimizer(name, kwargs):
+    """With other weights the steps differ, but the structure of the state does not."""
     params = params_for(kwargs)
     expected = trajectory(NAMED[name].base(LEARNING_RATE, **kwargs), params, 30)
     uncautious = NAMED[name].ours(LEARNING_RATE, **kwargs, opposed_weight=1.0)
-    # Muon's iterations amplify the rounding of the decay, which is added elsewhere.
+    # Muon's iterations amplify the rounding of the decay, added elsewhere in the chain.
     chex.assert_trees_all_close(
         trajectory(uncautious, params, 6), expected[:6], rtol=1e-5, atol=1e-6
     )
@@ -113,7 +113,7 @@ def test_checkpoints_restore_both_ways(name, tmp_path):
 
 @pytest.mark.parametrize("name", DECAYING)
 def test_decay_is_outside_the_mask(name):
-    """A gradient that turns against the momentum everywhere: only decay moves."""
+    """If the gradient opposes the momentum everywhere, only decay moves weights."""
     params = {"w": jnp.ones((4, 4)) + jnp.eye(4), "b": jnp.arange(1.0, 5.0)}
     tx = make(name, 1e-2, **NAMED[name].decayed)
     state = tx.init(params)
@@ -121,7 +121,7 @@ def test_decay_is_outside_the_mask(name):
     _, state = tx.update(first, state, params)
     opposed = jax.tree.map(lambda g: -1e-6 * g, first)
     updates, _ = tx.update(opposed, state, params)
-    if name == "muon":  # orthogonalized momentum may agree somewhere: not there
+    if name == "muon":  # orthogonalized momentum may agree in places
         agree = jax.tree.map(lambda u, p: u != -3e-3 * p, updates, params)
         moved = jax.tree.map(lambda u, p: u + 3e-3 * p, updates, params)
         chex.assert_trees_all_close(updates["b"], -3e-3 * params["b"], rtol=1e-6)
@@ -153,8 +153,8 @@ def by_default(name: str):
     ],
     ids=str,
 )
-def test_the_caution_keywords_arrive(name, caution):
-    """The named optimizer against `with_caution` around optax's, without decay."""
+def test_the_caution_keywords_are_forwarded(name, caution):
+    """Compare with `with_caution` around Optax's optimizer, without decay."""
     params = params_for({})
     wrapped = optax_cautious.with_caution(make_base(name, 1e-2), **caution)
     expected, _ = run(wrapped, params)
@@ -162,7 +162,7 @@ def test_the_caution_keywords_arrive(name, caution):
     actual, _ = run(make(name, 1e-2, **renamed), params)
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
     default = by_default(name)
-    zeros = {"neutral": "follow"}  # gradients without a zero do not show this one
+    zeros = {"neutral": "follow"}  # no difference for gradients without zeros
     assert caution == zeros or not jnp.allclose(default["w"], actual["w"], rtol=1e-5)
 
 
@@ -177,7 +177,7 @@ def test_monitor_reports_the_tree_wide_fraction(name, decays):
     for grads in gradients(params, 3):
         _, state = jax.jit(tx.update)(grads, state, params)
     fraction = optax.tree.get(state, "aligned_fraction")
-    # The decay, which is outside the mask, must not blur the signs.
+    # The decay, which is outside the mask, must not affect the signs.
     plain = make(name, 1e-2, opposed_weight=1.0)
     state = plain.init(params)
     for grads in gradients(params, 3):
@@ -188,10 +188,10 @@ def test_monitor_reports_the_tree_wide_fraction(name, decays):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_state_without_a_monitor_is_refused_by_name(name):
+def test_a_state_without_a_monitor_is_rejected(name):
     params = params_for({})
     tx = make(name, 1e-2, monitor=True)
-    with pytest.raises(ValueError, match="monitor=True, but the state is one without"):
+    with pytest.raises(ValueError, match="but the state was created without a monitor"):
         tx.update(params, make(name, 1e-2).init(params), params)
 
 
@@ -222,7 +222,7 @@ def test_a_negative_learning_rate_climbs(name, rate):
 
 @pytest.mark.parametrize("rate", [1e-2, np.float32(1e-2), jnp.float32(1e-2)], ids=type)
 @pytest.mark.parametrize("name", NAMED)
-def test_it_can_be_made_under_jit(name, rate):
+def test_it_can_be_built_under_jit(name, rate):
     params = params_for({})
 
     def step(grads, rate):
@@ -250,7 +250,7 @@ def test_inject_hyperparams_in_the_parameters_dtype(dtype):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_an_equinox_module_that_is_callable(name):
+def test_a_callable_equinox_module(name):
     model = eqx.filter(eqx.nn.Linear(3, 2, key=jax.random.key(0)), eqx.is_array)
     assert callable(model)
     tx = NAMED[name].ours(1e-2)
@@ -258,7 +258,7 @@ def test_an_equinox_module_that_is_callable(name):
     assert jax.tree.structure(updates) == jax.tree.structure(model)
 
 
-def test_adafactor_injects_without_naming_its_dtype():
+def test_adafactor_under_inject_hyperparams_without_a_static_dtype():
     """Optax's default, jnp.float32, is callable and would be taken for a schedule."""
     make = optax.inject_hyperparams(
         optax_cautious.cautious_adafactor, static_args="min_dim_size_to_factor"

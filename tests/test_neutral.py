@@ -1,4 +1,4 @@
-"""Coordinates at which update or gradient is exactly zero."""
+"""Coordinates where the update or the gradient is exactly zero."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def first_step(tx, grads):
 
 
 @pytest.mark.parametrize("neutral", FACTORS)
-def test_an_embedding_of_which_one_row_in_a_hundred_is_in_the_batch(neutral):
+def test_an_embedding_with_one_row_in_a_hundred_in_the_batch(neutral):
     grads = jnp.zeros((1000, 4)).at[::100].set(jnp.arange(1.0, 5.0))
     base = first_step(optax.adamw(1e-3, weight_decay=0.0), grads)
     tx = cautious_adamw(1e-3, weight_decay=0.0, neutral=neutral)
@@ -29,12 +29,12 @@ def test_an_embedding_of_which_one_row_in_a_hundred_is_in_the_batch(neutral):
 @pytest.mark.parametrize(
     ("neutral", "factor"), [("hold", 8), ("follow", 1), ("ignore", 1)]
 )
-def test_a_stack_of_eight_experts_of_which_one_is_live(neutral, factor):
+def test_a_stack_of_eight_experts_with_one_active(neutral, factor):
     grads = jnp.zeros((8, 3, 4)).at[5].set(1.0)
     base = first_step(optax.adam(1e-3), grads)
     tx = with_caution(optax.adam(1e-3), neutral=neutral)
     np.testing.assert_allclose(first_step(tx, grads), base * factor, rtol=1e-6)
-    # Where each expert is a leaf of its own, nobody is scaled up for the others.
+    # If each expert counts as a leaf, none is scaled up for the others.
     tx = with_caution(optax.adam(1e-3), neutral=neutral, stacked=1)
     np.testing.assert_allclose(first_step(tx, grads), base, rtol=1e-6)
 
@@ -42,7 +42,7 @@ def test_a_stack_of_eight_experts_of_which_one_is_live(neutral, factor):
 @pytest.mark.parametrize("neutral", FACTORS)
 @pytest.mark.parametrize("renormalize", ["clamp", "plus_one", None])
 @pytest.mark.parametrize("opposed_weight", [0.0, 0.5, 1.0, -1.0])
-def test_the_weights_are_the_reference(opposed_weight, renormalize, neutral):
+def test_the_weights_match_the_reference(opposed_weight, renormalize, neutral):
     rng = np.random.default_rng(0)
     u, g = (rng.integers(-1, 2, 30) * rng.uniform(1, 2, 30) for _ in range(2))
     settings = {
@@ -60,7 +60,7 @@ def test_the_weights_are_the_reference(opposed_weight, renormalize, neutral):
 
 @pytest.mark.parametrize("renormalize", ["clamp", "plus_one"])
 @pytest.mark.parametrize("opposed_weight", [0.0, 0.5])
-def test_where_all_are_ignored_nothing_is_rescaled(opposed_weight, renormalize):
+def test_nothing_is_rescaled_if_all_are_ignored(opposed_weight, renormalize):
     tx = cautious(
         neutral="ignore", opposed_weight=opposed_weight, renormalize=renormalize
     )
@@ -70,7 +70,7 @@ def test_where_all_are_ignored_nothing_is_rescaled(opposed_weight, renormalize):
     np.testing.assert_array_equal(out, opposed_weight * u)
 
 
-def test_following_where_the_update_is_nan_keeps_the_nan():
+def test_follow_keeps_a_nan_in_the_update():
     tx = cautious(neutral="follow")
     out, _ = tx.update(jnp.array([jnp.nan, -1.0]), tx.init(None), grad=jnp.ones(2))
     np.testing.assert_array_equal(out, [jnp.nan, -1.0])

@@ -1,4 +1,4 @@
-"""The traps that implementations of caution fall into, one test for each."""
+"""The numerical traps in implementing caution, with a test for each."""
 
 import inspect
 
@@ -62,22 +62,22 @@ def test_a_non_finite_update_stays_visible(alignment, opposed_weight, u_0, g_0):
     g = jnp.array([g_0, 1.0, 1.0, 1.0])
     out = apply(tx, u, g)
     assert not jnp.isfinite(out[0])
-    assert jnp.all(jnp.isfinite(out[1:]))  # and it does not spread
+    assert jnp.all(jnp.isfinite(out[1:]))  # it does not spread
 
 
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 @pytest.mark.parametrize("alignment", ["element", "leaf", "tree"])
 @pytest.mark.parametrize("neutral", ["hold", "follow", "ignore"])
 @pytest.mark.parametrize("opposed_weight", [0.0, 0.5, -1.0])
-def test_a_nan_gradient_does_not_come_back(opposed_weight, neutral, alignment, dtype):
-    """Whoever put a `zero_nans` or an `apply_if_finite` there has dealt with it."""
+def test_a_nan_gradient_is_not_reintroduced(opposed_weight, neutral, alignment, dtype):
+    """A `zero_nans` or `apply_if_finite` before it has already handled the NaN."""
     tx = cautious(alignment=alignment, opposed_weight=opposed_weight, neutral=neutral)
     g = jnp.array([jnp.nan, 1.0, 1.0, 1.0], dtype)
     for signs in ([1, 1, -1, -1], [1, 1, 1, -1]):
         u = jnp.array(signs, dtype)
         out = apply(tx, u, g)
         assert jnp.all(jnp.isfinite(out))
-        # It agrees with nothing, as a gradient of zero does.
+        # Like a zero gradient, it agrees with nothing.
         np.testing.assert_array_equal(out, apply(tx, u, g.at[0].set(0.0)))
 
 
@@ -95,7 +95,7 @@ def test_an_infinite_gradient_has_a_sign():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_mean_of_many_ones_is_one(dtype):
-    """Summed in bfloat16 they stop at 256, in float16 they overflow."""
+    """Sums in bfloat16 stall at 256, and sums in float16 overflow."""
     u = jnp.full(10**6, 0.5, dtype)
     out = apply(cautious(direction="ascent"), u, u)
     assert out.dtype == dtype
@@ -103,12 +103,12 @@ def test_the_mean_of_many_ones_is_one(dtype):
 
 
 def test_the_mean_is_not_rounded_to_the_updates_dtype():
-    """333 of 1000: 1 / 0.333 = 3.0030 rounds to 3, 1 / bfloat16(0.333) = 2.9942 not."""
+    """1 / 0.333 = 3.0030 rounds to 3, 1 / bfloat16(0.333) = 3.0118 to 3.0156."""
     g = jnp.where(jnp.arange(1000) < 333, 1, -1).astype(jnp.bfloat16)
     out = apply(cautious(direction="ascent"), jnp.full_like(g, 171), g)
     expected = np.float32(171 * 1000 / 333)
     assert out[0] == jnp.bfloat16(expected)
-    # What the trap would give, to show that the two can be told apart.
+    # The trap would result in another value.
     trap = jnp.bfloat16(171) * (1 / jnp.bfloat16(333 / 1000))
     assert trap != jnp.bfloat16(expected)
 
@@ -148,8 +148,8 @@ def test_float64_is_computed_in_float64():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("alignment", ["leaf", "tree"])
-def test_a_float64_gradient_counts_in_full(alignment):
-    """1 - (1 + 1e-12) is below zero; in float32, where both are 1, it is not."""
+def test_a_float64_gradient_keeps_its_precision(alignment):
+    """1 - (1 + 1e-12) is negative; in float32, where both are 1, it would be zero."""
     u = jnp.ones(2, jnp.float32)
     g = jnp.array([1.0, -1.0 - 1e-12], jnp.float64)
     tx = cautious(alignment=alignment, direction="ascent")
@@ -157,19 +157,19 @@ def test_a_float64_gradient_counts_in_full(alignment):
 
 
 def test_the_product_is_rounded_once():
-    """Neither factor is rounded to bfloat16 before they are multiplied."""
+    """Neither factor is rounded to bfloat16 before the multiplication."""
     g = jnp.where(jnp.arange(1000) < 333, 1, -1).astype(jnp.bfloat16)
     for value in (131, 139, 171):
         u = jnp.full_like(g, value)
         out = apply(cautious(direction="ascent"), u, g)
         assert out[0] == jnp.bfloat16(np.float32(value * 1000 / 333))
-    # What the trap would give, to show that the two can be told apart.
+    # The trap would result in another value.
     trap = jnp.bfloat16(139) * jnp.bfloat16(1000 / 333)
     assert trap != jnp.bfloat16(np.float32(139 * 1000 / 333))
 
 
-def test_rows_without_a_gradient_scale_the_others_up_to_the_limit():
-    """An embedding of 5000 rows, one of them in the batch: 1 / 1e-3, not 5000."""
+def test_rows_without_a_gradient_scale_up_the_others_to_the_limit():
+    """An embedding of 5000 rows with one in the batch: scaled by 1 / 1e-3, not 5000."""
     g = jnp.zeros((5000, 2)).at[7].set(1.0)
     u = -jnp.ones((5000, 2))
     out = apply(cautious(), u, g)

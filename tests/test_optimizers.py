@@ -46,22 +46,22 @@ class Optimizer(NamedTuple):
     build: Callable[[], optax.GradientTransformation]
     #: The extra arguments that its update requires.
     needs: tuple[str, ...] = ()
-    #: Whether it moves against the gradient on one of the targets, without caution.
+    #: Whether, without caution, it moves against the gradient on one of the targets.
     opposes: bool = True
     caution: Mapping[str, Any] = {}
     steps: int = 10_000
 
 
-# Steps of constant size would end in a cycle as wide as the step.
+# With steps of constant size, training would end in a cycle as wide as the step.
 _COSINE = optax.cosine_decay_schedule(1e-2, decay_steps=10_000)
-# Signs without momentum bounce across the valley of Rosenbrock's function, and gain
-# little along it until the steps are tiny.
+# Sign updates without momentum bounce across the valley of Rosenbrock's function, and
+# make little progress along it until the steps are tiny.
 _HALVED = optax.exponential_decay(3e-2, transition_steps=1000, decay_rate=0.5)
 
-# These two choose a step about as long as converges. Once k of n coordinates are left
-# with a gradient other than exactly zero, caution would make it n / k times as long,
+# These two choose a step size close to the largest that converges. Once only k of n
+# coordinates have a nonzero gradient, caution would make the step n / k times as long,
 # and they would diverge.
-_NOT_LONGER = {"renormalize": None}
+_UNSCALED = {"renormalize": None}
 
 OPTIMIZERS = {
     "adabelief": Optimizer(lambda: optax.adabelief(1e-2)),
@@ -77,7 +77,7 @@ OPTIMIZERS = {
     "fromage": Optimizer(lambda: optax.fromage(5e-3)),
     "lamb": Optimizer(lambda: optax.lamb(1e-3)),
     "lars": Optimizer(lambda: optax.lars(1.0)),
-    # With its line search: see test_lbfgs_with_a_line_search.
+    # For lbfgs with its line search, see test_lbfgs_with_a_line_search.
     "lbfgs": Optimizer(lambda: optax.lbfgs(0.1, linesearch=None)),
     "lion": Optimizer(lambda: optax.lion(_COSINE, weight_decay=1e-4)),
     "nadam": Optimizer(lambda: optax.nadam(1e-2)),
@@ -104,15 +104,15 @@ OPTIMIZERS = {
     "signum": Optimizer(lambda: optax.signum(_COSINE)),
     "sm3": Optimizer(lambda: optax.sm3(1.0)),
     "yogi": Optimizer(lambda: optax.yogi(0.1)),
-    # Its first step on Rosenbrock's function is so long that it only ever slides back.
+    # Its first step on Rosenbrock's function is so long that it only moves back later.
     "acprop": Optimizer(lambda: contrib.acprop(1e-3), opposes=False, steps=30_000),
     "ademamix": Optimizer(lambda: contrib.ademamix(1e-3), steps=30_000),
     "adopt": Optimizer(lambda: contrib.adopt(1e-2)),
-    "cocob": Optimizer(contrib.cocob, caution=_NOT_LONGER, steps=30_000),
+    "cocob": Optimizer(contrib.cocob, caution=_UNSCALED, steps=30_000),
     "dadapt_adamw": Optimizer(lambda: contrib.dadapt_adamw(0.1)),
     "dog": Optimizer(lambda: contrib.dog(1.0), opposes=False, steps=30_000),
     "dowg": Optimizer(
-        lambda: contrib.dowg(1.0), opposes=False, caution=_NOT_LONGER, steps=30_000
+        lambda: contrib.dowg(1.0), opposes=False, caution=_UNSCALED, steps=30_000
     ),
     "galore": Optimizer(lambda: contrib.galore(1e-2, rank=8)),
     "madgrad": Optimizer(lambda: contrib.madgrad(1e-2), steps=30_000),
@@ -136,22 +136,22 @@ _PER_EXAMPLE = (
     "with_caution(...))"
 )
 _SCHEDULE_FREE = (
-    "its state assumes that its update is applied whole: "
+    "its state assumes that its update is applied unmodified: "
     "schedule_free(with_caution(...), ...)"
 )
 EXCLUDED = {
     "differentially_private_aggregate": _PER_EXAMPLE,
     "dpsgd": _PER_EXAMPLE,
-    "hutchinson_estimator_diag_hessian": "estimates a Hessian, it does not optimize",
-    "lookahead": "updates a pair of parameters, of which one alone has a gradient: "
+    "hutchinson_estimator_diag_hessian": "estimates a Hessian and does not optimize",
+    "lookahead": "updates a pair of parameters, only one of which has a gradient: "
     "lookahead(with_caution(...), ...)",
-    "mechanize": "moves along the whole way from the start, not along a step: "
+    "mechanize": "moves along the total displacement from the start, not along a step: "
     "mechanize(with_caution(...))",
-    "normalize": "divides by the norm, it does not optimize",
-    "sam": "climbs on purpose every other step: sam(with_caution(...), ...)",
+    "normalize": "divides by the norm and does not optimize",
+    "sam": "climbs on purpose at every other step: sam(with_caution(...), ...)",
     "schedule_free": _SCHEDULE_FREE,
     "schedule_free_adamw": _SCHEDULE_FREE,
-    "schedule_free_eval_params": "reads parameters, it does not optimize",
+    "schedule_free_eval_params": "reads parameters and does not optimize",
     "schedule_free_sgd": _SCHEDULE_FREE,
 }
 
@@ -161,7 +161,7 @@ def _is_function(x: Any) -> bool:
 
 
 def _exported() -> set[str]:
-    """Names what optimizes: by home, by arguments, or anything in optax.contrib."""
+    """List optimizers by module, by argument names, and all of optax.contrib."""
     names = set()
     for module in (optax, contrib):
         for name, function in inspect.getmembers(module, _is_function):
@@ -187,7 +187,7 @@ class WatchedState(NamedTuple):
 def _watched(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Counts the coordinates that `tx` has moved against what arrives at it."""
+    """Count the coordinates that `tx` moves against its incoming gradient."""
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):
@@ -195,7 +195,7 @@ def _watched(
 
     def update_fn(grads, state, params=None, **extra_args):
         updates, inner = tx.update(grads, state.inner, params, **extra_args)
-        # The product of the values would underflow.
+        # The product of the values could underflow.
         opposed = jnp.sum(jnp.sign(updates) * jnp.sign(grads) > 0)
         return updates, WatchedState(inner, state.opposed + opposed)
 
@@ -288,7 +288,7 @@ def test_compiles_once(name):
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_lbfgs_with_a_line_search(target):
-    # The line search has to come last: rescaling the step that it found can undo it.
+    # The line search has to come last: rescaling its step could undo the search.
     tx = optax.chain(
         with_caution(optax.lbfgs(1.0, linesearch=None)),
         optax.scale_by_zoom_linesearch(max_linesearch_steps=20),

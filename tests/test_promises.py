@@ -1,4 +1,4 @@
-"""What the paper promises, as properties.
+"""The guarantees of the paper, as properties.
 
 Liang et al, "Cautious Optimizers", arXiv:2411.16085.
 """
@@ -27,7 +27,7 @@ PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(5)}
 
 
 def noise(seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yields gradients about a mean that turns against the momentum half-way."""
+    """Yield gradients around a mean that turns against the momentum halfway."""
     rng = np.random.default_rng(seed)
     for step in range(STEPS_OF_NOISE):
         mean = 1.0 if step < STEPS_OF_NOISE // 2 else -1.0
@@ -42,9 +42,9 @@ def cosine(u: np.ndarray, g: np.ndarray) -> float:
 
 
 def inner_products(tx: optax.GradientTransformation) -> np.ndarray:
-    """Returns <u, g> / (|u| |g|), for each step and leaf, and for the tree in float64.
+    """Compute <u, g> / (|u| |g|) at each step, per leaf and for the tree, in float64.
 
-    The parameters stand still; each seed begins with the initial state.
+    The parameters stay fixed; each seed starts from the initial state.
     """
     update = jax.jit(tx.update)
     cosines = []
@@ -63,13 +63,13 @@ def inner_products(tx: optax.GradientTransformation) -> np.ndarray:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_step_moves_against_the_gradient(name, alignment):
     cosines = inner_products(OPTIMIZERS[name](alignment=alignment))
-    # "tree" promises the sum over the leaves alone.
-    promised = cosines[:, -1] if alignment == "tree" else cosines
-    assert np.max(promised) <= 1e-7
+    # "tree" only guarantees the sum over the leaves.
+    guaranteed = cosines[:, -1] if alignment == "tree" else cosines
+    assert np.max(guaranteed) <= 1e-7
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_base_optimizer_does(name):
+def test_the_base_optimizer_moves_against_the_gradient(name):
     assert np.max(inner_products(OPTIMIZERS[name](opposed_weight=1.0))) > 0.1
 
 
@@ -82,11 +82,11 @@ STARTS = st.tuples(
 
 @functools.cache
 def quadratic(learning_rate: float = LEARNING_RATE, **caution):
-    """Returns a function that minimizes f(x) = 1/2 sum_i c_i x_i^2 from a start x.
+    """Build a function that minimizes f(x) = 1/2 sum_i c_i x_i^2 from a start x.
 
-    It returns the relative change of the loss at each step, (f(x + d) - f(x)) / f(x),
-    and the part of it that is of first order in d, <gradient, d> / f(x). Without
-    arguments for caution, by plain momentum.
+    The function returns the relative change of the loss at each step, (f(x + d) - f(x))
+    / f(x), and its first-order part, <gradient, d> / f(x). Without arguments for
+    caution, the optimizer is plain momentum.
     """
     if caution:
         tx = optax_cautious.cautious_sgd(learning_rate, momentum=MOMENTUM, **caution)
@@ -116,7 +116,7 @@ def quadratic(learning_rate: float = LEARNING_RATE, **caution):
 @given(start=STARTS)
 @pytest.mark.parametrize("renormalize", ["clamp", "plus_one", None])
 def test_cautious_momentum_never_raises_the_loss_of_a_quadratic(renormalize, start):
-    """At this learning rate; plain momentum does so from every start."""
+    """At this learning rate, where plain momentum raises it from every start."""
     change, _ = quadratic(renormalize=renormalize)(start)
     assert np.max(change) < 0
     plain, _ = quadratic()(start)
@@ -128,11 +128,11 @@ def test_cautious_momentum_never_raises_the_loss_of_a_quadratic(renormalize, sta
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("learning_rate", [LEARNING_RATE, 4 * LEARNING_RATE])
 def test_to_first_order_no_step_raises_the_loss(learning_rate, alignment, start):
-    """Whatever the learning rate.
+    """At any learning rate.
 
-    With "leaf" and "tree" one sign decides for all coordinates, so the step that is
-    about to turn against the gradient has nothing to make up for the second-order part
-    of the change, 1/2 <d, C d>: near there the loss may rise by that much.
+    With "leaf" and "tree", one sign decides for all coordinates. A step that is nearly
+    orthogonal to the gradient has no first-order decrease to offset the second-order
+    part of the change, 1/2 <d, C d>, so there the loss may rise by that much.
     """
     _, first_order = quadratic(learning_rate, alignment=alignment)(start)
     assert np.max(first_order) <= 1e-6
@@ -142,7 +142,7 @@ def test_to_first_order_no_step_raises_the_loss(learning_rate, alignment, start)
 
 @pytest.mark.parametrize("alignment", ["leaf", "tree"])
 def test_inner_products_never_raise_the_loss_from_this_start(alignment):
-    """From most starts they do at one step or two, by a little: see above."""
+    """From most starts they raise it slightly at one or two steps: see above."""
     start = (1.5, 1.0)
     change, _ = quadratic(alignment=alignment)(start)
     assert np.max(change) <= 0  # 0 where it stands still

@@ -1,4 +1,4 @@
-"""The table of docs/rules.md: each row's code against the rule in NumPy."""
+"""The code in the table of docs/rules.md, compared with each rule in NumPy."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ ROWS = [
 
 
 def named(row: str) -> str:
-    """Returns a row's rule without links and quotes."""
+    """Strip links and backquotes from the name of a rule."""
     return re.sub(r"\[(.*?)\]\(.*?\)", r"\1", row).replace("`", "")
 
 
@@ -31,7 +31,7 @@ CODE = {named(rule): code.strip("`") for rule, code, _ in ROWS}
 
 
 def leaves(seed: int, zeros: bool = True) -> dict[str, np.ndarray]:
-    """Returns float64 leaves, of which a fifth is exactly zero."""
+    """Draw float64 leaves, by default with a fifth of them exactly zero."""
     rng = np.random.default_rng(seed)
     shapes = {"w": (8, 6), "b": (6,)}
     return {
@@ -43,7 +43,7 @@ def leaves(seed: int, zeros: bool = True) -> dict[str, np.ndarray]:
 UPDATES, GRADS, PARAMS = leaves(0), leaves(1), leaves(2)
 
 
-# Each for an update that is to be added: agreement is u * g < 0.
+# Each takes an update that is added to the parameters: agreement is u * g < 0.
 
 
 def clamped(u, g):
@@ -70,7 +70,7 @@ def grams(u, g):
 
 
 def cmgup(u, g):
-    """With alpha 2 and gamma 0.1; the learning rate takes the factor of alpha."""
+    """Apply CMGUP with alpha 2 and gamma 0.1; the learning rate absorbs alpha."""
     aligned = (u * g <= 0).astype(float)
     return u * (2.0 * aligned + 0.1 * (1 - aligned)) / 2.0
 
@@ -95,20 +95,20 @@ def heavyball(u, g):
 
 
 LEAF_BY_LEAF = {
-    "Cautious, the scale of today's C-Optim": clamped,
-    "Cautious, the scale of the paper's first version": plus_one,
+    "Cautious, rescaled as in C-Optim today": clamped,
+    "Cautious, rescaled as in the paper's first version": plus_one,
     "Cautious, zeros follow": follow,
     "CAdam": cadam,
     "Grams": grams,
     "CMGUP, alpha 2 and gamma 0.1": cmgup,
     "soft caution": soft,
-    "inner product, leaf by leaf": leaf,
+    "inner product per leaf": leaf,
     "timm, caution=True": clamped,
     "levanter, scale_by_cautious": levanter,
     "HeavyBall, caution=True": heavyball,
 }
 OTHERS = {
-    "inner product of the whole tree",
+    "inner product over the whole tree",
     "cautious weight decay alone",
     "cautious weight decay with caution",
     "C-Muon, mask on the update",
@@ -116,7 +116,7 @@ OTHERS = {
 }
 
 
-def written(rule: str) -> optax.GradientTransformationExtraArgs:
+def build(rule: str) -> optax.GradientTransformationExtraArgs:
     return eval(CODE[rule])
 
 
@@ -135,14 +135,14 @@ def test_every_row_is_tested():
 
 @pytest.mark.parametrize("rule", LEAF_BY_LEAF)
 def test_rule(rule):
-    tx, numpy = written(rule), LEAF_BY_LEAF[rule]
+    tx, numpy = build(rule), LEAF_BY_LEAF[rule]
     zeros = rule != "HeavyBall, caution=True"
     u, g = leaves(0, zeros), leaves(1, zeros)
     expected = {k: numpy(u[k], g[k]) for k in u}
     assert_close(tx.update(float32(u), tx.init(u), grad=float32(g))[0], expected)
 
 
-def test_heavyball_at_a_zero_is_as_the_remark_says():
+def test_heavyball_at_a_zero_matches_the_remark():
     u, g = np.array([1.0, -1.0]), np.array([0.0, 0.0])
     np.testing.assert_array_equal(heavyball(u, g), [0.0, -2.0])
 
@@ -151,13 +151,13 @@ def test_heavyball_at_a_zero_is_as_the_remark_says():
 def test_inner_product_of_the_tree(sign):
     product = sum(np.sum(UPDATES[k] * GRADS[k]) for k in UPDATES)
     g = {k: sign * x for k, x in GRADS.items()}
-    tx = written("inner product of the whole tree")
+    tx = build("inner product over the whole tree")
     expected = {k: u * (sign * product <= 0) for k, u in UPDATES.items()}
     u = float32(UPDATES)
     assert_close(tx.update(u, tx.init(u), grad=float32(g))[0], expected)
 
 
-# Weight decay: these updates point up the loss.
+# Weight decay, with updates that point up the loss.
 
 
 def cwd(u, p):
@@ -165,14 +165,14 @@ def cwd(u, p):
 
 
 def test_cautious_weight_decay_alone():
-    tx = written("cautious weight decay alone")
+    tx = build("cautious weight decay alone")
     u, p = float32(UPDATES), float32(PARAMS)
     expected = {k: cwd(UPDATES[k], PARAMS[k]) for k in u}
     assert_close(tx.update(u, tx.init(p), p)[0], expected)
 
 
 def test_cautious_weight_decay_with_caution():
-    tx = written("cautious weight decay with caution")
+    tx = build("cautious weight decay with caution")
     u, g, p = map(float32, (UPDATES, GRADS, PARAMS))
     expected = {k: cwd(clamped(u[k], -GRADS[k]), PARAMS[k]) for k in u}
     assert_close(tx.update(u, tx.init(p), p, grad=g)[0], expected)
@@ -205,7 +205,7 @@ def muon_steps(grads, mask):
 
 @pytest.mark.parametrize("mask", ["update", "momentum"])
 def test_muon(mask):
-    tx = written(f"C-Muon, mask on the {mask}")
+    tx = build(f"C-Muon, mask on the {mask}")
     grads = [leaves(seed)["w"] for seed in range(4)]
     params = np.float32(PARAMS["w"])
     state = tx.init(params)

@@ -1,4 +1,4 @@
-"""What public training code met: nodes, leaves, and calls of the wrong form."""
+"""Cases from public training code: custom nodes, odd leaves and wrong calls."""
 
 import functools
 
@@ -26,13 +26,13 @@ from tests.named import NAMED, make
 
 @flax.struct.dataclass
 class Checking:
-    """Refuses to hold anything but arrays."""
+    """A node that accepts only arrays."""
 
     a: jax.Array
     b: jax.Array
 
     def __post_init__(self):
-        """Checks the children."""
+        """Check the children."""
         for x in (self.a, self.b):
             if not hasattr(x, "shape"):
                 raise TypeError(f"not an array: {x!r}")
@@ -43,8 +43,7 @@ NODES = {
     "haiku": hk.data_structures.to_immutable_dict(ARRAYS),
     "dataclass": Checking(**ARRAYS),
 }
-# Optax's own Muon builds trees of labels in the user's nodes, its Adafactor trees of
-# tuples.
+# Optax's Muon builds the user's nodes around labels, its Adafactor around tuples.
 NAMES = sorted(NAMED.keys() - {"muon"})
 FORMS = {
     "link": lambda **kw: provide_gradient(optax.chain(optax.adam(0.1), cautious(**kw))),
@@ -79,7 +78,7 @@ def test_nodes_that_check_their_children(node, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nodes_that_check_their_children_behind_a_mask(form):
-    """A node of bools is the user's own; caution builds none."""
+    """Only the user's mask builds nodes of bools; caution builds none."""
     params = NODES["haiku"]
 
     def mask(updates):
@@ -104,7 +103,7 @@ def test_decay_and_fractions_of_nodes_that_check_their_children(node):
 
 
 def test_an_embedding_of_integers_beside_the_model():
-    """A counter or a table of integers, of which the gradient is zeros."""
+    """A counter or a table of integers, whose gradient is zero."""
     params = {"w": jnp.ones(3), "steps": jnp.arange(3)}
     grads = {"w": jnp.ones(3), "steps": jnp.zeros(3, int)}
     for name in NAMES:
@@ -114,7 +113,7 @@ def test_an_embedding_of_integers_beside_the_model():
         chex.assert_trees_all_close(actual, expected, rtol=1e-6)
 
 
-# Functions and numbers where a tree of bools is meant.
+# Functions and numbers in place of a tree of bools.
 
 
 def matrices(updates):
@@ -122,7 +121,7 @@ def matrices(updates):
 
 
 @pytest.mark.parametrize("wrap", [lambda update: update, jax.jit])
-def test_a_mask_that_optax_has_called_with_the_step(wrap):
+def test_a_mask_function_that_optax_took_for_a_schedule(wrap):
     make_injected = optax.inject_hyperparams(cautious_sgd)
     tx = make_injected(learning_rate=1.0, momentum=0.9, caution_mask=matrices)
     state = tx.init(ARRAYS)
@@ -133,7 +132,7 @@ def test_a_mask_that_optax_has_called_with_the_step(wrap):
 @pytest.mark.parametrize("mask", [True, False, 1, np.bool_(True), jnp.array(True)])
 @pytest.mark.parametrize("tree", [ARRAYS, {"w": jnp.ones((2, 2))}])
 def test_one_bool_for_a_tree(tree, mask):
-    with pytest.raises(ValueError, match=r"one bool for a tree of arrays.*static_args"):
+    with pytest.raises(ValueError, match=r"a single bool for a tree.*static_args"):
         cautious(mask=mask).update(tree, optax.EmptyState(), grad=tree)
 
 
@@ -144,7 +143,7 @@ def test_one_bool_for_one_array(mask):
     np.testing.assert_array_equal(out, 0 * u if mask else u)
 
 
-# Calls of the wrong form.
+# Wrong calls.
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_one_bool_for_one_array(mask):
         ),
     ],
 )
-def test_the_message_shows_what_to_write(call, shown):
+def test_the_message_shows_the_right_call(call, shown):
     with pytest.raises(TypeError) as error:
         call()
     for part in shown:
@@ -180,7 +179,7 @@ def test_the_message_shows_what_to_write(call, shown):
 
 
 def test_the_wrapped_functions_keep_their_signatures():
-    """By which optax.inject_hyperparams binds."""
+    """optax.inject_hyperparams binds arguments by signature."""
     tx = optax.inject_hyperparams(cautious)(opposed_weight=0.5)
     assert tx.init(ARRAYS).hyperparams["opposed_weight"] == 0.5
     around = functools.partial(with_caution, optimizer=optax.adam(0.1))
@@ -195,7 +194,7 @@ def test_a_state_without_a_monitor():
 
 @pytest.mark.parametrize("make_tx", [cautious_adam, cautious_sgd])
 @pytest.mark.parametrize("monitor", [False, True])
-def test_more_coordinates_than_an_int32_counts(make_tx, monitor):
+def test_more_coordinates_than_an_int32_can_count(make_tx, monitor):
     params = {
         "one": jax.ShapeDtypeStruct((50_000, 60_000), jnp.float32),
         "many": jax.ShapeDtypeStruct((2, 40_000, 40_000), jnp.float32),
@@ -208,7 +207,7 @@ def test_more_coordinates_than_an_int32_counts(make_tx, monitor):
     jax.eval_shape(aligned_fraction, params, params)
 
 
-# What is traced and compiled.
+# Tracing and compilation.
 
 
 def primitives(jaxpr) -> set[str]:
@@ -222,7 +221,7 @@ def primitives(jaxpr) -> set[str]:
 
 
 @pytest.mark.parametrize("tx", [cautious_adamw(0.1), with_caution(optax.adam(0.1))])
-def test_tools_that_walk_jaxprs_meet_no_cond_in_small_leaves(tx):
+def test_small_leaves_have_no_cond_in_the_jaxpr(tx):
     state = tx.init(ARRAYS)
     closed = jax.make_jaxpr(tx.update)(ARRAYS, state, ARRAYS)
     assert "cond" not in primitives(closed.jaxpr)
@@ -253,6 +252,6 @@ def test_a_scheduled_number_compiles_once():
 
     jax.clear_caches()
     state = tx.init(ARRAYS)
-    for _ in range(4):  # without jit, where the number is known at each step
+    for _ in range(4):  # without jit, so the number is concrete at each step
         _, state = tx.update(ARRAYS, state, ARRAYS)
     assert _rule._by_element._cache_size() == len(ARRAYS)

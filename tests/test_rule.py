@@ -12,11 +12,11 @@ from optax_cautious import aligned_fraction, cautious
 from tests import reference
 
 DTYPES = ("float32", "bfloat16", "float16", "complex64")
-# Few, as each is compiled for itself.
+# Only a few, as each is compiled separately.
 SHAPES = st.sampled_from([(), (1,), (7,), (3, 5), (2, 2, 2), (0,), (2, 0, 3)])
 DIRECTIONS = st.sampled_from(("descent", "ascent"))
 OPPOSED_WEIGHTS = st.sampled_from((0.0, 1.0, -1.0, 0.5, -0.25))
-# Magnitudes whose products underflow and overflow float32, beside ordinary ones.
+# Ordinary magnitudes, and some whose products underflow or overflow float32.
 COORDINATES = {
     "float32": (0.0, 1e-30, 1e-20, 1e-3, 0.7, 1.0, 3.0, 1e20, 1e30),
     "bfloat16": (0.0, 1e-30, 1e-20, 1e-3, 0.7, 1.0, 3.0, 1e20, 1e30),
@@ -27,7 +27,7 @@ PARTS = (0.0, 0.1, -0.1, 0.7, -0.7, 1.0, -1.0, 3.0, -3.0)
 
 def leaves(shape, dtype: str) -> st.SearchStrategy[np.ndarray]:
     if dtype == "complex64":
-        # Both parts of one size: beside 1e40 a product of 1e-40 is lost in float32.
+        # Parts of similar magnitude: in float32, 1e-40 is lost next to 1e40.
         parts = hnp.arrays(np.float64, shape, elements=st.sampled_from(PARTS))
         sizes = st.sampled_from((1e-30, 1e-20, 1.0, 1e20))
         return st.builds(
@@ -58,7 +58,7 @@ def assert_close(actual: jax.Array, expected: np.ndarray, dtype) -> None:
     assert actual.dtype == dtype
     actual, limits = np.asarray(actual), jnp.finfo(dtype)
     if not np.iscomplexobj(actual):
-        # What leaves the range of the dtype is infinite there, finite in the reference.
+        # Values out of range are infinite in the dtype and finite in the reference.
         actual, expected = (
             np.clip(x.astype(np.float64), float(limits.min), float(limits.max))
             for x in (actual, expected)
@@ -74,7 +74,7 @@ def assert_close(actual: jax.Array, expected: np.ndarray, dtype) -> None:
     min_fraction=st.sampled_from((1e-3, 0.3, 1.0)),
     neutral=st.sampled_from(("hold", "follow", "ignore")),
 )
-def test_element_is_the_reference(
+def test_element_matches_the_reference(
     pair, direction, opposed_weight, renormalize, min_fraction, neutral
 ):
     u, g = pair
@@ -92,7 +92,7 @@ def test_element_is_the_reference(
 
 @st.composite
 def trees_of_small_integers(draw) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Integers times a power of two: every inner product is exact in float32."""
+    """Draw integers times a power of two: inner products are exact in float32."""
     shapes = draw(st.lists(SHAPES, min_size=1, max_size=3))
     is_complex = draw(st.booleans())
 
@@ -121,7 +121,9 @@ def trees_of_small_integers(draw) -> tuple[list[np.ndarray], list[np.ndarray]]:
     opposed_weight=OPPOSED_WEIGHTS,
     alignment=st.sampled_from(("leaf", "tree")),
 )
-def test_inner_products_are_the_reference(trees, direction, opposed_weight, alignment):
+def test_inner_product_matches_the_reference(
+    trees, direction, opposed_weight, alignment
+):
     us, gs = trees
     tx = cautious(
         alignment=alignment, direction=direction, opposed_weight=opposed_weight
@@ -140,7 +142,7 @@ def test_inner_products_are_the_reference(trees, direction, opposed_weight, alig
 
 
 @given(pair=update_and_gradient(), direction=DIRECTIONS)
-def test_aligned_fraction_is_the_reference(pair, direction):
+def test_aligned_fraction_matches_the_reference(pair, direction):
     u, g = pair
     a = [
         reference.agreement(u_i, g_i, direction)
@@ -172,7 +174,7 @@ def test_the_weights_of_aligned_opposed_and_zero_coordinates(opposed_weight, wei
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
-def test_the_default_settings_are_the_documented_ones():
+def test_the_defaults_are_the_documented_settings():
     u = jnp.array([1.0, -1.0, 1.0, 0.0])
     g = jnp.array([-2.0, -2.0, 2.0, 2.0])
     explicit = cautious(

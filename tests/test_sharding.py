@@ -1,4 +1,4 @@
-"""Eight simulated devices give what one gives: jit, shard_map and pmap."""
+"""Eight simulated devices match one device under jit, shard_map and pmap."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ PARAMS = {
     "kernel": jax.random.normal(jax.random.key(1), (32, 128)),
     "bias": jax.random.normal(jax.random.key(2), (128,)),
 }
-# Both axes split both matrices; the bias is split by one and copied along the other.
+# Both axes shard the matrices; the bias is sharded over one, replicated over the other.
 SPECS = {
     "embedding": P("tensor", "fsdp"),
     "kernel": P("fsdp", "tensor"),
@@ -76,7 +76,7 @@ def test_there_are_eight_devices():
 @pytest.mark.parametrize(
     ("name", "shape"), [("adamw", (8, 1)), *((name, (2, 4)) for name in OPTIMIZERS)]
 )
-def test_jit_with_named_shardings_is_one_device(name, shape):
+def test_jit_with_named_shardings_matches_one_device(name, shape):
     def put(tree):
         shardings = {k: NamedSharding(mesh(*shape), spec) for k, spec in SPECS.items()}
         return jax.device_put(tree, shardings)
@@ -91,7 +91,7 @@ def test_jit_with_named_shardings_is_one_device(name, shape):
         assert actual[0][k].sharding.is_equivalent_to(sharding, PARAMS[k].ndim)
 
 
-# Muon multiplies whole matrices and Adafactor takes norms of rows: not caution's doing.
+# Regardless of caution, Muon multiplies whole matrices and Adafactor takes row norms.
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"muon", "adafactor"}))
 def test_the_compiled_step_gathers_no_parameter(name):
     tx = OPTIMIZERS[name]
@@ -103,13 +103,13 @@ def test_the_compiled_step_gathers_no_parameter(name):
     assert "all-to-all" not in compiled
     shapes = " ".join(re.findall(r"= (.*?) all-reduce(?:-start)?\(", compiled))
     assert shapes
-    # Fractions and inner products are scalars, or vectors over what is stacked. On a
-    # CPU, counts of a few in a byte may be added up before.
+    # Fractions and inner products are scalars, or vectors over the stacked axes. On a
+    # CPU, the int8 counts of small groups may be reduced first.
     assert name == "stacked" or not re.search(r"(?<!\bs8)\[\d", shapes)
 
 
 def shard_mapped(rule, check_vma: bool):
-    """Returns the cautious update of leaves split by shard_map."""
+    """Build the cautious update of leaves that shard_map shards."""
     tx = cautious(axis_name=("fsdp", "tensor"), monitor=True, **rule)
 
     def update(u, g):
@@ -130,7 +130,7 @@ def shard_mapped(rule, check_vma: bool):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("rule", SETTINGS)
-def test_shard_map_with_axis_name_is_one_device(rule, check_vma):
+def test_shard_map_with_axis_name_matches_one_device(rule, check_vma):
     u, g = ({k: x for k, x in gradients(i).items() if k != "bias"} for i in (0, 1))
     tx = cautious(monitor=True, **rule)
     expected, state = tx.update(u, tx.init(u), grad=g)
@@ -140,7 +140,7 @@ def test_shard_map_with_axis_name_is_one_device(rule, check_vma):
 
 
 @pytest.mark.parametrize("rule", SETTINGS)
-def test_pmap_with_axis_name_is_one_device(rule):
+def test_pmap_with_axis_name_matches_one_device(rule):
     u, g = (jax.random.normal(jax.random.key(i), (8, 5, 3)) for i in (0, 1))
     tx = cautious(axis_name="shards", monitor=True, **rule)
 
@@ -157,7 +157,7 @@ def test_pmap_with_axis_name_is_one_device(rule):
 
 # Muon needs whole matrices.
 @pytest.mark.parametrize("name", ["with_caution", *sorted(NAMED.keys() - {"muon"})])
-def test_every_optimizer_passes_axis_name_on(name):
+def test_every_optimizer_forwards_axis_name(name):
     local_norms = {"clipping_threshold": None, "multiply_by_parameter_scale": False}
     options = local_norms if name == "adafactor" else {}
 
@@ -182,8 +182,8 @@ def test_every_optimizer_passes_axis_name_on(name):
 
 
 @pytest.mark.parametrize("alignment", ["leaf", "tree"])
-def test_shards_of_different_size_are_weighed_by_their_own(alignment):
-    """Were each shard normalized by itself, seven small ones would outvote a large."""
+def test_shards_are_weighted_by_their_magnitude(alignment):
+    """Normalized separately, seven small shards would outvote a large one."""
     u = jnp.array([1e-15] * 7 + [1e15])
     g = jnp.array([-1e-15] * 7 + [1e15])
     tx = cautious(alignment=alignment, direction="ascent", axis_name="shards")
@@ -191,8 +191,8 @@ def test_shards_of_different_size_are_weighed_by_their_own(alignment):
     np.testing.assert_array_equal(update(u, g), u)
 
 
-def test_without_axis_name_each_shard_counts_for_itself():
-    """The trap: the scale would depend on how many devices there are."""
+def test_without_axis_name_each_shard_is_scaled_separately():
+    """The trap: the scale depends on the number of devices."""
     u = -jnp.ones((8, 4))
     g = jnp.ones((8, 4)).at[0].set(-1.0)  # all of the first shard is opposed
     tx = cautious()
@@ -205,8 +205,8 @@ def test_without_axis_name_each_shard_counts_for_itself():
     np.testing.assert_allclose(shared[1:], -8 / 7, rtol=1e-6)
 
 
-def test_replicated_leaves_are_kept_apart_by_partition():
-    """As the documentation of `axis_name` advises."""
+def test_partition_separates_replicated_leaves():
+    """As the documentation of `axis_name` recommends."""
     u = {"split": jnp.arange(16.0) - 5, "copied": jnp.array([1.0, -2.0, 3.0])}
     g = jax.tree.map(lambda x: jnp.sin(3 * x), u)
     rule = {"renormalize": "plus_one"}
@@ -229,7 +229,7 @@ def test_replicated_leaves_are_kept_apart_by_partition():
 
 
 def test_data_parallel_pmap_needs_no_axis_name():
-    """Whole parameters on every device, gradients already averaged."""
+    """Parameters are replicated, and gradients already averaged."""
     tx = optax_cautious.cautious_adamw(1e-2)
 
     def step(params, state, grads):

@@ -1,4 +1,4 @@
-"""Leaves that stack what are leaves of their own in another spelling."""
+"""Leaves that stack what another model keeps in separate leaves."""
 
 import functools
 
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from optax_cautious import aligned_fraction, cautious, cautious_adam, with_caution
 
 LAYERS, EXPERTS = 3, 4
-# What a model that scans its layers, with a mixture of experts in each, holds.
+# A model with scanned layers, each with a mixture of experts.
 STACKED = {"layers": {"kernel": 1, "scale": 1, "experts": 2}, "head": 0}
 SETTINGS = [
     {},
@@ -29,7 +29,7 @@ def draw(seed: int) -> dict:
     rng = np.random.default_rng(seed)
 
     def leaf(*shape):
-        # Of other layers, other shares agree.
+        # The agreeing fraction differs between layers.
         shift = np.linspace(-1.0, 1.0, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
         return jnp.asarray(rng.standard_normal(shape) + shift, jnp.float32)
 
@@ -44,7 +44,7 @@ def draw(seed: int) -> dict:
 
 
 def unstack(tree: dict) -> dict:
-    """The same model with leaves of their own."""
+    """Split the stacked leaves into separate leaves."""
     layers = [jax.tree.map(lambda x, i=i: x[i], tree["layers"]) for i in range(LAYERS)]
     for layer in layers:
         layer["experts"] = list(layer["experts"])
@@ -57,7 +57,7 @@ def step(tx, u, g):
 
 
 @pytest.mark.parametrize("rule", SETTINGS, ids=str)
-def test_it_is_the_model_with_its_layers_unstacked(rule):
+def test_it_matches_the_unstacked_model(rule):
     u, g = draw(0), draw(1)
     actual, fraction = step(cautious(stacked=STACKED, monitor=True, **rule), u, g)
     expected, whole = step(cautious(monitor=True, **rule), unstack(u), unstack(g))
@@ -96,7 +96,7 @@ def test_an_int_or_a_prefix_of_the_tree():
         chex.assert_trees_all_close(layer[2], expected, rtol=1e-6)
 
 
-def test_none_is_zero():
+def test_none_means_zero():
     u, g = draw(0), draw(1)
     zeros = jax.tree.map(lambda _: 0, u)
     chex.assert_trees_all_equal(
@@ -105,7 +105,7 @@ def test_none_is_zero():
     )
 
 
-def test_a_named_optimizer_counts_by_the_moment_of_each_layer():
+def test_a_named_optimizer_counts_per_layer_by_the_moment():
     tx, merged = (cautious_adam(0.1, stacked=s) for s in (STACKED, None))
     params = draw(0)
     states = [tx.init(params), merged.init(unstack(params))]
@@ -116,7 +116,7 @@ def test_a_named_optimizer_counts_by_the_moment_of_each_layer():
     chex.assert_trees_all_close(unstack(actual), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_aligned_fraction_is_one_for_each_slice():
+def test_aligned_fraction_has_a_value_per_slice():
     u, g = draw(0), draw(1)
     fractions = aligned_fraction(u, g, stacked=STACKED)
     assert fractions["layers"]["experts"].shape == (LAYERS, EXPERTS)
@@ -126,7 +126,7 @@ def test_aligned_fraction_is_one_for_each_slice():
 
 
 def test_a_leaf_of_scalars():
-    """Of a stack of scalars each is a slice, and agrees or does not."""
+    """In a stack of scalars, each scalar is a slice that agrees or does not."""
     tx = cautious(stacked=1)
     u, g = -jnp.ones(3), jnp.array([1.0, -1.0, 0.0])
     out, _ = tx.update(u, tx.init(u), grad=g)
@@ -144,7 +144,7 @@ def test_empty_leaves(shape):
     assert state.aligned_fraction == 0
 
 
-def test_vmap_is_a_loop():
+def test_vmap_matches_a_loop():
     tx = cautious(stacked=STACKED, monitor=True)
     members = [(draw(2 * i), draw(2 * i + 1)) for i in range(2)]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
@@ -166,7 +166,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("rule", SETTINGS, ids=str)
-def test_sharded_it_is_one_device(rule):
+def test_sharded_leaves_match_one_device(rule):
     mesh = Mesh(np.array(jax.devices()[:8]), ("x",))
     u, g = draw(0), draw(1)
     tx = cautious(stacked=STACKED, monitor=True, **rule)
@@ -190,9 +190,9 @@ def test_sharded_it_is_one_device(rule):
 @pytest.mark.parametrize(
     ("stacked", "message"),
     [
-        (2, r"stacked is 2 at \['head'\].*give a tree of numbers"),
+        (2, r"stacked is 2 at \['head'\].*Pass a tree of numbers"),
         ({"layers": 1}, "stacked must be a number of leading axes, or a tree"),
-        (0, "None where nothing is stacked.*ame stacked in static_args"),
+        (0, "None if nothing is stacked.*ame stacked in static_args"),
         ({"layers": 0, "head": -1}, "got the leaf -1.*static_args"),
         (True, "got the leaf True"),
         (1.0, "got the leaf 1.0"),
@@ -200,13 +200,13 @@ def test_sharded_it_is_one_device(rule):
         (jnp.array(1), "name stacked in static_args"),
     ],
 )
-def test_what_cannot_be_meant(stacked, message):
+def test_invalid_values_are_rejected(stacked, message):
     u = {"layers": jnp.ones((2, 3)), "head": jnp.ones(3)}
     with pytest.raises(ValueError, match=message):
         step(cautious(stacked=stacked), u, u)
 
 
-def test_a_function_that_optax_has_called_with_the_step():
+def test_a_function_that_optax_took_for_a_schedule():
     make = optax.inject_hyperparams(cautious_adam)
     for function in (lambda u: 0, lambda u: u.ndim - 2):
         tx = make(0.1, stacked=lambda u, f=function: jax.tree.map(f, u))
@@ -216,7 +216,7 @@ def test_a_function_that_optax_has_called_with_the_step():
 
 
 def test_a_tree_for_all_parts_of_a_partition():
-    """Of which each part sees its own: by a function of the updates."""
+    """Each part sees only its own leaves, so a function of the updates is needed."""
 
     def stacked(updates):
         known = {"layers": 1, "head": 0}
@@ -232,7 +232,7 @@ def test_a_tree_for_all_parts_of_a_partition():
         if fits:
             tx.update(u, tx.init(u), u)
         else:
-            with pytest.raises(ValueError, match="give a function of the updates"):
+            with pytest.raises(ValueError, match="pass a function of the updates"):
                 tx.update(u, tx.init(u), u)
 
 

@@ -1,4 +1,4 @@
-"""What the TPU's compiler says that a step moves: where libtpu is installed.
+"""Memory traffic of a step as reported by the TPU compiler, if libtpu is installed.
 
 Nothing is executed: the compiler runs on any machine. ``make test-tpu`` installs it.
 """
@@ -15,8 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 if not all(map(importlib.util.find_spec, ("libtpu", "grain"))):
     pytest.skip(
-        "libtpu, the TPU's compiler, or what the examples need is not installed: make "
-        "test-tpu runs these tests.",
+        "needs libtpu (the TPU compiler) and the extra [examples]; run make test-tpu",
         allow_module_level=True,
     )
 
@@ -70,7 +69,7 @@ def test_three_large_leaves(name, moved):
 
 
 def test_a_stack_of_layers():
-    """A fraction for each layer: nothing full-sized is stored, and one all-reduce."""
+    """One fraction per layer, with one all-reduce and no full-size temporary."""
     found = account("cautious_adamw(stacked=1)", STACK, "float32", make_mesh(TOPOLOGY))
     assert found.moved == pytest.approx(9.0, abs=0.01)
     assert found.temporaries == pytest.approx(0.0, abs=0.01)
@@ -85,7 +84,7 @@ def test_one_all_reduce_for_250_leaves():
     assert found.all_gathers == 0
 
 
-def test_without_the_barrier_half_an_array_more(monkeypatch):
+def test_without_the_barrier_half_an_array_more_is_moved(monkeypatch):
     monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
     jax.clear_caches()
     found = account("cautious_adamw", LARGE, "float32", make_mesh(TOPOLOGY))
@@ -95,7 +94,7 @@ def test_without_the_barrier_half_an_array_more(monkeypatch):
 
 @pytest.mark.parametrize(("caution", "moved"), [(False, 8), (True, 10)])
 def test_the_optimizer_of_a_whole_training_step(caution, moved):
-    """One array more than alone: the gradients' norm, by which they are clipped."""
+    """One array more than the optimizer alone, for the gradient norm of clipping."""
     from dataclasses import replace
 
     from benchmarks.training_step import OPTIMIZERS
@@ -135,19 +134,19 @@ def test_a_whole_training_step():
     task = LlamaTask(model)
     config = TrainConfig(task, OptimizerConfig(learning_rate=1e-3))
     found = compiling.account(config, TOPOLOGY)
-    # Four bytes of each on four chips, but for the norms, which are on all of them.
+    # Four bytes per parameter on four chips; only the norms are replicated.
     assert found.parameters == pytest.approx(count_parameters(task), rel=0.01)
     assert found.moments == pytest.approx(2 * found.parameters, rel=0.01)
     assert found.peak > found.parameters + found.moments
-    # The optimizer alone moves nine arrays, and its state is moved by nothing else.
+    # The optimizer alone moves nine arrays, and nothing else moves its state.
     assert found.accessed > 9 * found.parameters
     peaks = compiling.evaluation_peaks(config, TOPOLOGY)
     assert found.parameters + found.moments < peaks["validation loss"] < found.peak
-    # It takes the same gradient, and the step of the optimizer without caution.
+    # It computes the same gradient, and the optimizer's step without caution.
     assert 0.8 * found.peak < peaks["aligned fraction"] < 1.1 * found.peak
 
 
-def test_collectives_are_counted_as_often_as_their_loop_runs():
+def test_collectives_in_a_loop_are_counted_once_per_iteration():
     from examples.training.xla import collectives
 
     mesh = make_mesh(TOPOLOGY)

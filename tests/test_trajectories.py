@@ -1,6 +1,6 @@
-"""The authors' and timm's own optimizers, step by step.
+"""Comparison with the authors' and timm's own optimizers, step by step.
 
-`reference_trajectories/README.md` says what was run for each file.
+`reference_trajectories/README.md` describes the run behind each file.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def chain(
 
 
 def sgdw(**kwargs) -> optax.GradientTransformation:
-    """Decoupled decay beside `cautious_sgd`, which like optax.sgd has none."""
+    """Add decoupled decay to `cautious_sgd`, which has none, like optax.sgd."""
     decay = optax.chain(
         optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-2)
     )
@@ -103,7 +103,7 @@ def test_trajectory(file, form):
 
 
 def test_the_gradients_exercise_caution():
-    """Without caution the same data would lead elsewhere."""
+    """Without caution, the same gradients lead to other parameters."""
     data = np.load(FILES / "c_optim_c_adamw.npz")
     params = jnp.asarray(data["params/w"][0])
     optimizer = optax.adamw(**ADAM, **DECAY)

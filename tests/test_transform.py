@@ -1,4 +1,4 @@
-"""`cautious`, `provide_gradient`, `with_caution`, `aligned_fraction`: the interface."""
+"""The interface: `cautious`, `provide_gradient`, `with_caution`, `aligned_fraction`."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def test_provide_gradient_replaces_the_callers():
 @pytest.mark.parametrize(
     "wrap", [provide_gradient, lambda tx: with_caution(tx, opposed_weight=1.0)]
 )
-def test_the_other_extra_arguments_are_passed_on(wrap):
+def test_the_other_extra_arguments_are_forwarded(wrap):
     tx = wrap(optax.polyak_sgd())
     updates, _ = tx.update(gradient(0), tx.init(PARAMS), PARAMS, value=jnp.float32(1.0))
     base = optax.polyak_sgd()
@@ -70,7 +70,7 @@ def test_the_other_extra_arguments_are_passed_on(wrap):
 
 
 def test_with_caution_calls_the_optimizer_as_the_caller_did():
-    """Its own `grad`, as a line search takes, is the caller's."""
+    """The optimizer's own `grad`, as for a line search, is the caller's."""
     seen = {}
 
     def update(updates, state, params=None, **extra_args):
@@ -95,7 +95,7 @@ def test_with_caution_keeps_the_optimizers_state(optimizer):
     assert jax.tree.structure(tx.init(PARAMS)) == jax.tree.structure(
         optimizer.init(PARAMS)
     )
-    # Either continues from the other's state.
+    # Each continues from the other's state.
     _, state = run(optimizer)
     _, state = tx.update(gradient(6), state, PARAMS)
     optimizer.update(gradient(7), state, PARAMS)
@@ -117,7 +117,7 @@ def test_monitor_reports_the_tree_wide_fraction():
 
 @pytest.mark.parametrize("opposed_weight", [0.0, 0.5, -1.0])
 @pytest.mark.parametrize("alignment", ["element", "leaf", "tree"])
-def test_monitor_counts_coordinates_whatever_the_rule(alignment, opposed_weight):
+def test_monitor_counts_coordinates_under_every_rule(alignment, opposed_weight):
     tx = cautious(monitor=True, alignment=alignment, opposed_weight=opposed_weight)
     _, state = tx.update(gradient(0), tx.init(PARAMS), grad=gradient(1))
     reference = cautious(monitor=True)
@@ -127,7 +127,7 @@ def test_monitor_counts_coordinates_whatever_the_rule(alignment, opposed_weight)
     assert state.aligned_fraction == expected.aligned_fraction
 
 
-def test_with_caution_monitors_beside_the_optimizers_state():
+def test_with_caution_keeps_the_monitor_beside_the_optimizers_state():
     tx = with_caution(optax.adamw(1e-2), monitor=True)
     _, state = run(tx)
     inner, monitor = state
@@ -175,7 +175,7 @@ def test_a_mask_may_be_a_prefix():
     assert_trees_equal(out, {"layer": gradient(0), "head": jnp.zeros(2)})
 
 
-def test_a_mask_leaves_its_leaves_out_of_the_inner_product_and_the_monitor():
+def test_masked_leaves_are_excluded_from_inner_product_and_monitor():
     u = {"big": jnp.ones(8), "small": jnp.ones(2)}
     g = {"big": jnp.ones(8), "small": -jnp.ones(2)}
     mask = {"big": False, "small": True}
@@ -243,7 +243,7 @@ def test_aligned_fraction_checks_its_direction():
 
 
 @pytest.mark.parametrize("opposed_weight", [-1, 0, 1, 0.3, jnp.array(0.5)])
-def test_the_limits_of_the_range_are_inside(opposed_weight):
+def test_the_range_includes_its_limits(opposed_weight):
     cautious(opposed_weight=opposed_weight, min_fraction=1)
 
 
@@ -251,12 +251,12 @@ def test_a_schedule_may_overshoot_its_end_by_rounding():
     cautious(opposed_weight=np.nextafter(np.float32(-1), np.float32(-2)))
 
 
-def test_without_a_gradient_the_error_shows_the_ways_out():
+def test_without_a_gradient_the_error_shows_the_fixes():
     tx = optax.chain(optax.adamw(1e-3), cautious())
     with pytest.raises(ValueError, match="needs the gradient") as error:
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
-    for way in ("grad=grads", "provide_gradient", "with_caution", "cautious_adamw"):
-        assert way in str(error.value)
+    for fix in ("grad=grads", "provide_gradient", "with_caution", "cautious_adamw"):
+        assert fix in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_without_a_gradient_the_error_shows_the_ways_out():
             {**PARAMS, "b": np.zeros(2, jax.dtypes.float0)},
             r"\['b'\] has dtype .*float0.* with a mask",
         ),
-        ({**PARAMS, "b": jnp.ones((5, 2))}, "be cautious after the link"),
+        ({**PARAMS, "b": jnp.ones((5, 2))}, "apply caution after the link"),
         ({**PARAMS, "b": "x"}, r"gradient at \['b'\] is 'x', not an array"),
         ({**PARAMS, "b": None}, r"at \['b'\] is None"),
         ({**PARAMS, "b": {"x": jnp.ones(2)}}, r"at \['b'\] is a dict"),
@@ -287,8 +287,8 @@ def test_a_gradient_that_does_not_match(grad, message):
         aligned_fraction(PARAMS, grad)
 
 
-def test_what_the_update_leaves_out_is_not_what_is_wrong():
-    """A masked leaf and a None come first, the leaf too many after them."""
+def test_leaves_that_the_update_omits_are_not_reported():
+    """A masked leaf and a None come first, followed by a superfluous leaf."""
     updates = {"a": optax.MaskedNode(), "b": None, "w": jnp.ones(2)}
     grad = {"a": {"x": jnp.ones(1)}, "b": jnp.ones(1), "w": jnp.ones(2), "z": 1.0}
     with pytest.raises(
@@ -308,7 +308,7 @@ def test_a_single_array_is_named_the_root():
 
 
 def test_an_integer_has_a_sign():
-    """A counter or a table of integers, whose gradient may be zeros."""
+    """A counter or a table of integers, whose gradient may be zero."""
     u = {"steps": jnp.array([1, 2, -3, 4]), "w": jnp.ones(4)}
     g = {"steps": jnp.array([2, -1, -1, 0], jnp.int8), "w": jnp.ones(4, jnp.uint8)}
     out, _ = cautious(direction="ascent").update(u, optax.EmptyState(), grad=g)

@@ -1,4 +1,4 @@
-"""The public functions with and without jit, on a device and under pmap."""
+"""The public functions with and without jit, on one device and under pmap."""
 
 from collections.abc import Callable
 
@@ -50,7 +50,7 @@ TRANSFORMATIONS = {
     ),
     "cautious_decay": optax_cautious.cautious_adamw(1e-2, cautious_decay=True),
     "momentum": optax_cautious.cautious_muon(1e-2, caution_on="momentum"),
-    **{  # adamw with a monitor is adam and more
+    **{  # adamw with a monitor covers adam
         name: make(name, 1e-2, monitor=name == "adamw")
         for name in NAMED
         if name != "adam"
@@ -59,7 +59,7 @@ TRANSFORMATIONS = {
 
 
 def two_steps(tx: optax.GradientTransformation) -> Callable:
-    """Two steps, the second with a gradient that turns against the momentum."""
+    """Build a function of two steps, the second against the momentum."""
 
     def run(grads, params):
         state = tx.init(params)
@@ -77,8 +77,8 @@ class VariantsTest(chex.TestCase):
         run = two_steps(tx)
         expected_updates, expected_state = run(GRADS, UPDATES)
         updates, state = self.variant(run)(GRADS, UPDATES)
-        # bfloat16 leaves differ where XLA fuses away a rounding, and without a device
-        # where NumPy's promotion does.
+        # bfloat16 leaves differ where XLA fuses a rounding away, and in the variant
+        # without a device through NumPy's promotion.
         tolerance = {"rtol": 2e-2, "atol": 1e-5}
         chex.assert_trees_all_close(updates, expected_updates, **tolerance)
         chex.assert_trees_all_close(state, expected_state, **tolerance)
@@ -94,7 +94,7 @@ class VariantsTest(chex.TestCase):
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_vmap_is_a_loop(name):
+def test_vmap_matches_a_loop(name):
     """Each member of an ensemble has its own fraction."""
     tx = TRANSFORMATIONS[name]
     members = [tree(seed) for seed in range(4)]
@@ -129,7 +129,7 @@ def test_scan_keeps_the_states_type_and_compiles_once(name):
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_the_update_is_differentiable(name):
-    """A meta-gradient through a step is finite: no NaN from the branch not taken."""
+    """Meta-gradients through a step are finite: no NaN from an untaken branch."""
     tx = TRANSFORMATIONS[name]
 
     def after_a_step(grads):
@@ -139,7 +139,7 @@ def test_the_update_is_differentiable(name):
     chex.assert_tree_all_finite(jax.jit(jax.grad(after_a_step))(GRADS))
 
 
-def test_parameters_may_be_traced():
+def test_numeric_settings_may_be_traced():
     @jax.jit
     def update(opposed_weight, min_fraction):
         tx = optax_cautious.cautious(

@@ -1,5 +1,5 @@
-"""The evidence: whether caution helps once both sides are tuned, and how much.
+"""The study: whether caution helps once both sides are tuned, and how much.
 
-``python -m benchmarks.study run`` trains what is missing in ``docs/results/*.csv``;
-``python -m benchmarks.study draw`` makes ``docs/results.md`` and its figures from them.
+``python -m benchmarks.study run`` trains the runs missing from ``docs/results/*.csv``;
+``python -m benchmarks.study draw`` writes ``docs/results.md`` and its figures.
 """

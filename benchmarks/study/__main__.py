@@ -15,17 +15,17 @@ def run(
     results_dir: Path = RESULTS,
     work_dir: Path = Path("outputs") / "study",
 ) -> None:
-    """Train what is missing; the same command resumes after an interruption.
+    """Train the missing runs; after an interruption, the same command resumes.
 
     Args:
-        questions: their names. Not given: all.
-        results_dir: where each question has its CSV.
-        work_dir: where the runs are, as long as they are trained.
+        questions: names of the questions. Default: all.
+        results_dir: directory of the CSV files, one per question.
+        work_dir: directory for the runs while they are trained.
     """
     unknown = sorted({*questions} - {*QUESTIONS})
     if unknown:
         raise SystemExit(
-            f"error: there is no question {', '.join(unknown)}; choose from "
+            f"error: unknown question: {', '.join(unknown)}; choose from "
             f"{', '.join(QUESTIONS)}"
         )
     results_dir.mkdir(parents=True, exist_ok=True)

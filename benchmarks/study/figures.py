@@ -11,12 +11,12 @@ from benchmarks.study.outcomes import Comparison
 def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> None:
     """Plot the difference of each comparison with its interval.
 
-    There is a panel for each arm that others are compared with.
+    Each arm that others are compared with has a panel.
 
     Args:
         compared: the comparisons.
         path: the file to write.
-        what: what differs, for the axis.
+        what: the compared quantity, for the axis label.
     """
     others = list(dict.fromkeys(c.other.title for c in compared))
     arms = list(dict.fromkeys(c.arm.title for c in compared))
@@ -47,10 +47,10 @@ def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> N
 
 
 def plot_sizes(compared: Sequence[tuple[int, Comparison]], path: Path) -> None:
-    """Plot what caution gains over the size of the model.
+    """Plot the gain from caution against model size.
 
     Args:
-        compared: parameters, and the comparison of a model with so many.
+        compared: pairs of a parameter count and the comparison at that size.
         path: the file to write.
     """
     figure = Figure(figsize=(10, 3.8), layout="constrained")

@@ -1,4 +1,4 @@
-"""What the runs of a question show: differences, ratios of steps, and times."""
+"""The outcomes of a question: differences, ratios of steps, and times."""
 
 import statistics
 from collections.abc import Sequence
@@ -26,27 +26,27 @@ from examples.training.history import (
 )
 
 NEAR = 0.05
-"""How near to the best loss a point has to be to count as good."""
+"""A point counts as good if its loss is within this of the best."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm and another one, trained with the same seeds."""
+    """A comparison of two arms, trained with the same seeds."""
 
     arm: Arm
     other: Arm
     own: Group
     """The runs of the arm."""
     others: Group
-    """Those of the other at its best."""
+    """The runs of the other arm, at its best point."""
     dropped_in: bool
-    """Whether the arm is at the other's best point, and not at its own."""
+    """Whether the arm runs at the other's best point instead of its own."""
     score: str
-    """What is compared; empty for the validation loss."""
+    """The compared score; empty for the validation loss."""
 
     @property
     def difference(self) -> Interval:
-        """The mean of arm - other over the seeds; negative losses are better."""
+        """The mean of arm - other over the seeds; for losses, negative is better."""
         pairs = by_seed(self.others, self.own)
         return paired_difference(
             [outcome(other, self.score) for other, _ in pairs],
@@ -55,27 +55,27 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What the interval shows, in words."""
+        """The interpretation of the interval."""
         _, low, high = self.difference
-        if not (low > 0 or high < 0):  # Nor where a run diverged.
+        if not (low > 0 or high < 0):  # Also if a run diverged.
             return "no difference seen"
         return "better" if (low > 0) == bool(self.score) else "worse"
 
     @property
     def ratios(self) -> list[float | None]:
-        """For each seed, the other's steps over those to reach its final loss."""
+        """Per seed, the other's steps over the arm's to the other's final loss."""
         return [speed_up(other, own) for other, own in by_seed(self.others, self.own)]
 
 
 def outcome(history: History, score: str) -> float:
-    """Return what is compared of a run: a score, or its final validation loss."""
+    """Return a score of a run, or its final validation loss."""
     if not score:
         return history.final_loss
     return history.scores.get(score, float("nan"))
 
 
 def is_answered(question: Question, histories: Sequence[History]) -> bool:
-    """Return whether all runs of a question are there."""
+    """Return whether a question has all of its runs."""
     found = {history.run for history in histories}
     return (
         tuning_runs(question).keys() <= found
@@ -84,11 +84,11 @@ def is_answered(question: Question, histories: Sequence[History]) -> bool:
 
 
 def compare_all(question: Question, histories: Sequence[History]) -> list[Comparison]:
-    """Compare each arm with those it is to be compared with.
+    """Compare each arm with the arms that it names in ``against``.
 
     Args:
         question: the question.
-        histories: those of all its runs.
+        histories: the histories of all its runs.
     """
     arms = {arm.title: arm for arm in question.arms}
     best = best_points(question, histories)
@@ -116,7 +116,7 @@ def compare_all(question: Question, histories: Sequence[History]) -> list[Compar
 
 
 class Robustness(NamedTuple):
-    """How many points of a grid are nearly as good as the best."""
+    """How many points of an arm's grid are nearly as good as the best."""
 
     arm: Arm
     best: float
@@ -155,7 +155,7 @@ def robustness(question: Question, histories: Sequence[History]) -> list[Robustn
 
 
 def edges(question: Question, histories: Sequence[History]) -> list[str]:
-    """Report the best points that lie at the edge of what was tried."""
+    """Report the best points that lie on the edge of their grid."""
     lines = []
     for title, point in best_points(question, histories).items():
         arm = next(arm for arm in question.arms if arm.title == title)
@@ -172,7 +172,7 @@ def edges(question: Question, histories: Sequence[History]) -> list[str]:
 
 
 class TimeRatio(NamedTuple):
-    """The time of an arm's step over that of another's, in turns."""
+    """The step time of an arm relative to another arm's, measured in turns."""
 
     arm: Arm
     other: Arm
@@ -184,9 +184,9 @@ class TimeRatio(NamedTuple):
 
 
 def time_ratios(question: Question, histories: Sequence[History]) -> list[TimeRatio]:
-    """Compare the seconds a step of arms that took turns in one process.
+    """Compare the step times of arms that took turns in one process.
 
-    Those are the tuning runs at the same point.
+    These are the tuning runs at the same point.
     """
     seconds = {h.run: h.seconds_per_step for h in histories if h.seconds}
     arms = {arm.title: arm for arm in question.arms}

@@ -1,4 +1,4 @@
-"""The page of results and its figures, made from the CSVs alone."""
+"""The results page and its figures, generated from the CSV files alone."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = DOCS / "results"
 
 Answers = Mapping[str, Sequence[History]]
-"""The runs of each question that has all of them."""
+"""The histories of each question that has all of its runs."""
 
 _HEAD = """# Results
 
@@ -46,7 +46,7 @@ def draw(results_dir: Path = RESULTS, page: Path = DOCS / "results.md") -> None:
     """Write the page and its figures.
 
     Args:
-        results_dir: where the CSVs are, and the figures go.
+        results_dir: directory of the CSV files and of the figures.
         page: the file to write.
     """
     answers, missing = {}, []
@@ -68,7 +68,7 @@ def draw(results_dir: Path = RESULTS, page: Path = DOCS / "results.md") -> None:
 
 
 def table(question: Question, histories: Sequence[History]) -> str:
-    """Format a row for each arm, and for each comparison, in Markdown."""
+    """Format a Markdown table of all comparisons, and of arms without one."""
     what = question.score or "validation loss"
     header = (
         "arm",
@@ -123,7 +123,7 @@ def _ratio(comparison: Comparison) -> str:
 
 
 def _summary(answers: Answers) -> list[str]:
-    """Summarize the first comparison of each arm, each at its best."""
+    """Summarize the first comparison of each arm, both at their best points."""
     rows = [
         [
             f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})",
@@ -244,7 +244,7 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
 
 
 def _times(answers: Answers) -> list[str]:
-    """Write the section that sets the time of a step beside the number of steps."""
+    """Write the section that compares ratios of steps with ratios of times."""
     rows = []
     for name, histories in answers.items():
         compared = compare_all(QUESTIONS[name], histories)
@@ -278,7 +278,7 @@ def _times(answers: Answers) -> list[str]:
         "question",
         "arm",
         "compared with",
-        "seconds a step, ratio (quartiles)",
+        "seconds per step, ratio (quartiles)",
         "pairs of runs",
         "ratio of steps",
         "ratio of times",
@@ -287,7 +287,7 @@ def _times(answers: Answers) -> list[str]:
         "## In time, not steps?",
         "",
         "Arms that were tuned at the same point took turns in one process, 50 steps "
-        "each, on one core of a CPU whose other core was in use. Seconds a step: for "
+        "each, on one core of a CPU whose other core was in use. Seconds per step: for "
         "each pair of runs, the median time of a step with one arm over that with the "
         "other. Ratio of times: the ratio of steps divided by it.",
         "",

@@ -1,6 +1,6 @@
-"""The results of runs as CSV: a line for each evaluation of each run.
+"""The results of runs as CSV, one row per evaluation of each run.
 
-Beside the loss, a run's last line has its scores.
+The last row of a run also has its scores.
 """
 
 import csv
@@ -21,9 +21,9 @@ _SCORE = "score_"
 
 
 def write(histories: Iterable[History], path: Path) -> None:
-    """Writes the runs in place of what the file holds.
+    """Write the runs to a file, replacing its contents.
 
-    A run that diverged has a last line without a loss, at the step where it did.
+    A diverged run has a last row without a loss, at the step where it diverged.
     """
     histories = list(histories)
     names = list(dict.fromkeys(n for h in histories for n, _ in h.run.point))
@@ -54,7 +54,7 @@ def _number(value: float | None) -> str:
 
 
 def read(path: Path) -> list[History]:
-    """Reads what ``write`` wrote; nothing where there is no file."""
+    """Read the runs from a file; return an empty list if it does not exist."""
     if not path.exists():
         return []
     with path.open(newline="") as file:

@@ -1,4 +1,4 @@
-"""The runs of a question: those that choose the settings, then those compared."""
+"""The runs of a question: first the tuning runs, then the compared runs."""
 
 import itertools
 import shutil
@@ -19,7 +19,7 @@ Runs = dict[Run, TrainConfig[Any]]
 
 
 def run_of(arm: Arm, point: Point, seed: int) -> Run:
-    """Name the run of an arm at a point of the grid."""
+    """Return the run of an arm at a point of the grid."""
     return Run(arm.side, (*point, *arm.settings.items()), seed)
 
 
@@ -47,7 +47,7 @@ def compared_runs(question: Question, histories: Iterable[History]) -> Runs:
 
     Args:
         question: the question.
-        histories: those of all tuning runs, at least.
+        histories: the histories of all tuning runs, at least.
     """
     best = best_points(question, histories)
     return _planned(
@@ -66,7 +66,7 @@ def best_points(question: Question, histories: Iterable[History]) -> dict[str, P
 
     Args:
         question: the question.
-        histories: those of all tuning runs, at least.
+        histories: the histories of all tuning runs, at least.
     """
     losses = {history.run: history.final_loss for history in histories}
     best: dict[str, Point] = {}
@@ -76,7 +76,7 @@ def best_points(question: Question, histories: Iterable[History]) -> dict[str, P
             for point in grid_of(question, arm)
         }
         point = min(of_point, key=of_point.__getitem__)
-        if np.isfinite(of_point[point]):  # Not where all of them diverged.
+        if np.isfinite(of_point[point]):  # Skip an arm that always diverged.
             best[arm.title] = point
     return best
 
@@ -84,21 +84,21 @@ def best_points(question: Question, histories: Iterable[History]) -> dict[str, P
 def group_at(
     question: Question, arm: Arm, point: Point, histories: Iterable[History]
 ) -> Group:
-    """Return the compared runs of an arm at a point, in order of the seeds."""
+    """Return the compared runs of an arm at a point, in the order of the seeds."""
     found = {history.run: history for history in histories}
     return tuple(found[run_of(arm, point, seed)] for seed in question.seeds)
 
 
 def answer(question: Question, path: Path, work_dir: Path) -> bool:
-    """Train the runs that the file lacks, and adds each to it.
+    """Train the runs missing from the CSV file, and add each to it.
 
     Args:
         question: the question.
-        path: the CSV.
-        work_dir: where runs are kept while they are trained.
+        path: the CSV file.
+        work_dir: directory for the runs while they are trained.
 
     Returns:
-        Whether all have been trained; False after a signal.
+        Whether all have been trained; False if a signal stopped the training.
     """
     tuning = tuning_runs(question)
     if not _train(question, tuning, tuning, path, work_dir):
@@ -110,7 +110,7 @@ def answer(question: Question, path: Path, work_dir: Path) -> bool:
 def _compared_at(
     question: Question, arm: Arm, best: Mapping[str, Point]
 ) -> Iterator[Point]:
-    """Yield the best point of an arm, and where it is dropped in."""
+    """Yield the best point of an arm, and the point where it is dropped in."""
     titles = [arm.title, *arm.against[: question.drop_in]]
     yield from dict.fromkeys(best[title] for title in titles if title in best)
 
@@ -132,7 +132,7 @@ def _planned(question: Question, runs: Sequence[Run]) -> Runs:
 def _train(
     question: Question, runs: Runs, order: Iterable[Run], path: Path, work_dir: Path
 ) -> bool:
-    """Train what is missing; arms at one point and seed take turns."""
+    """Train the missing runs; arms with the same point and seed take turns."""
     missing = {*runs} - {h.run for h in records.read(path)}
     turns: dict[Any, Runs] = {}
     for run, config in runs.items():
@@ -156,7 +156,7 @@ def _train(
 
 
 def _in_order(found: Mapping[Run, History], order: Iterable[Run]) -> list[History]:
-    """Sort the runs as they are planned; those of an earlier plan come last."""
+    """Sort the runs as planned; those of an earlier plan come last."""
     places = {run: place for place, run in enumerate(order)}
     return sorted(
         found.values(), key=lambda history: places.get(history.run, len(places))

@@ -1,1 +1,1 @@
-"""Fine-tuning of a pretrained Llama on sentence tasks, those of GLUE among them."""
+"""Fine-tuning of a pretrained Llama on sentence tasks, including GLUE."""

@@ -1,4 +1,4 @@
-"""The commands of fine-tuning: ``python -m examples.glue COMMAND --help``."""
+"""Commands for fine-tuning: ``python -m examples.glue COMMAND --help``."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""From rows of text to batches of tokens, each example with its label."""
+"""Batches of tokens and labels from rows of text."""
 
 import hashlib
 import json
@@ -19,33 +19,44 @@ from examples.training.checks import InputError, read_text, require
 from examples.training.task import Data
 
 LABELS_NAME = "labels.json"
-"""The file that keeps the names of the labels, in the order of the logits, and the
-token at the start of a document."""
+"""The file with the label names, in the order of the logits, and the
+start-of-document token."""
 
 Example = dict[str, np.ndarray]
-"""``tokens``, ``[T]``; ``last``, the position of the last one; ``label``; and
-``weight``, of the example's loss in the mean: 0 for one that fills up a batch."""
+"""``tokens``, ``[T]``; ``last``, the position of the last token; ``label``; and
+``weight``, the weight of the example in the mean loss: 0 for padding of a batch."""
 
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
 
 
 class Labels(NamedTuple):
-    """The labels of a run, and how its texts begin."""
+    """The labels of a run, and the token before each text."""
 
     names: list[str]
-    """In the order of the logits; none for numbers."""
+    """In the order of the logits; empty for numbers."""
     start_of_document: str
     """The special token before each text."""
 
 
 def read_labels(setting: str, run_dir: Path) -> Labels:
-    """Reads the labels of a run.
+    """Read the labels of a run.
+
+    Args:
+        setting: the setting that names the directory, for messages.
+        run_dir: the directory of the run.
 
     Raises:
-        InputError: where it cannot be read; it names the setting.
+        InputError: if they cannot be read.
     """
-    kept = json.loads(read_text(setting, run_dir / LABELS_NAME))
-    return Labels(kept["labels"], kept["start_of_document"])
+    path = run_dir / LABELS_NAME
+    text = read_text(setting, path)
+    try:
+        kept = json.loads(text)
+        return Labels(kept["labels"], kept["start_of_document"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{setting}: {path} is damaged; restore it, or fine-tune again."
+        ) from error
 
 
 def load_data(
@@ -57,39 +68,39 @@ def load_data(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Data:
-    """Loads the data that the configuration names.
+    """Load the configured data.
 
     Args:
         config: the configuration.
-        head: what is predicted.
-        vocabulary: the pretrained model's.
-        tokenizer: its tokenizer.json, to keep with the run.
-        seed: decides the order of the training examples.
-        process_index: which of the processes this is.
-        process_count: how many processes share each batch.
+        head: the settings of the head.
+        vocabulary: the vocabulary of the pretrained model.
+        tokenizer: the content of its tokenizer.json, to keep with the run.
+        seed: determines the order of the training examples.
+        process_index: index of this process.
+        process_count: number of processes that share each batch.
 
     Raises:
-        InputError: for data that cannot be had or do not fit.
+        InputError: if the data cannot be loaded, or do not suit the settings.
     """
     train, validation = read_rows(config)
     names = label_names(train, head)
     require(
         len(train) >= config.batch_size,
-        f"data: {len(train)} examples to train on, too few for a batch of "
-        f"{config.batch_size}; give more or a smaller --batch-size",
+        f"data: {len(train)} training examples are too few for a batch of "
+        f"{config.batch_size}; provide more data or reduce --batch-size.",
     )
-    most = config.batch_size * config.validation_batches or len(validation)
-    left_out = max(0, len(validation) - most)
-    validation = validation[:most]
-    made = [
+    limit = config.batch_size * config.validation_batches or len(validation)
+    skipped = max(0, len(validation) - limit)
+    validation = validation[:limit]
+    splits = [
         make_examples(rows, names, vocabulary, config) for rows in (train, validation)
     ]
-    cut = sum(cut for _, cut in made)
-    examples = [of_side for of_side, _ in made]
+    truncated = sum(count for _, count in splits)
+    examples = [split for split, _ in splits]
     digest = hashlib.sha256()
-    for of_side in examples:
-        for name in sorted(of_side):
-            digest.update(of_side[name].tobytes())
+    for split in examples:
+        for name in sorted(split):
+            digest.update(split[name].tobytes())
     own = slice(process_index, None, process_count)
     kept = {"labels": names, "start_of_document": vocabulary.start_of_document}
     data = Data(
@@ -100,26 +111,26 @@ def load_data(
     )
     if process_index == 0:
         print(
-            f"Data: {len(train):,} examples to train on and {len(validation):,} to "
-            "validate on.",
+            f"Data: {len(train):,} training and {len(validation):,} validation "
+            "examples.",
             flush=True,
         )
-        if left_out:
-            print(f"Left out {left_out:,} other validation examples.", flush=True)
-        if cut:
+        if skipped:
+            print(f"Skipped {skipped:,} other validation examples.", flush=True)
+        if truncated:
             print(
-                f"Truncated {cut:,} of them to {config.sequence_length} tokens; a "
-                "larger --sequence-length keeps more.",
+                f"Truncated {truncated:,} examples to {config.sequence_length} tokens; "
+                "increase --sequence-length to keep more.",
                 flush=True,
             )
     return data
 
 
 def label_names(train: Sequence[Row], head: HeadConfig) -> list[str]:
-    """Lists the labels in the order of the logits; none for numbers.
+    """List the labels in the order of the logits; empty for numbers.
 
     Raises:
-        InputError: where their number is not that of the head.
+        InputError: if their number differs from ``head.num_labels``.
     """
     if head.num_labels == 1:
         return []
@@ -131,8 +142,8 @@ def label_names(train: Sequence[Row], head: HeadConfig) -> list[str]:
     listed = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
     require(
         len(names) == head.num_labels,
-        f"num_labels is {head.num_labels}, and the training data have {len(names)}: "
-        f"{listed}; pass --num-labels {len(names)}",
+        f"num_labels is {head.num_labels}, but the training data have {len(names)} "
+        f"labels ({listed}); pass --num-labels {len(names)}.",
     )
     return names
 
@@ -143,40 +154,39 @@ def make_examples(
     vocabulary: Vocabulary,
     config: DataConfig,
 ) -> tuple[Example, int]:
-    """Tokenizes rows and looks up their labels.
+    """Tokenize rows and look up their labels.
 
-    As in pretraining, the token that starts a document comes before each text, and in a
-    pair before both.
+    As in pretraining, the start-of-document token precedes each text, in a pair both.
 
     Args:
         rows: texts and labels.
-        names: the labels in the order of the logits; none for numbers.
-        vocabulary: what to tokenize with.
+        names: the labels in the order of the logits; empty for numbers.
+        vocabulary: the vocabulary of the pretrained model.
         config: the configuration.
 
     Returns:
-        The examples, stacked, and how many were truncated.
+        The stacked examples, and how many were truncated.
 
     Raises:
-        InputError: for a label that is not among the names, or is no number.
+        InputError: if a label is not in ``names``, or is not a number.
     """
     count, length = len(rows), config.sequence_length
     texts = zip(*[row.texts for row in rows], strict=True)
-    sides = [vocabulary.tokenize(of_side) for of_side in texts]
+    sides = [vocabulary.tokenize(side) for side in texts]
     dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
     tokens = np.full((count, length), vocabulary.start, dtype)
     last = np.zeros(count, np.int32)
-    cut = 0
+    truncated = 0
     for i, parts in enumerate(zip(*sides, strict=True)):
         kept = truncate(parts, length - len(parts))
-        cut += kept != list(map(len, parts))
+        truncated += kept != list(map(len, parts))
         written = [
             np.append(np.array([vocabulary.start], dtype), part[:size])
             for part, size in zip(parts, kept, strict=True)
         ]
         line = np.concatenate(written)
         tokens[i, : len(line)] = line
-        # Where the second text is empty, this is the last token of the first.
+        # If the second text is empty, this is the last token of the first.
         last[i] = max(np.flatnonzero(line != vocabulary.start), default=0)
     labels = [_label(row.label, names) for row in rows]
     return {
@@ -184,11 +194,11 @@ def make_examples(
         "last": last,
         "label": np.array(labels, np.int32 if names else np.float32),
         "weight": np.ones(count, np.float32),
-    }, cut
+    }, truncated
 
 
 def truncate(parts: Sequence[np.ndarray], room: int) -> list[int]:
-    """Returns how many tokens to keep of each text; truncates the longer one first."""
+    """Return how many tokens to keep of each text, truncating the longer one first."""
     sizes = [len(part) for part in parts]
     if len(sizes) == 1:
         return [min(sizes[0], room)]
@@ -203,8 +213,8 @@ def _label(text: str, names: Sequence[str]) -> float:
     if names:
         if text not in names:
             raise InputError(
-                f"data: the validation data have the label {text!r}, and the training "
-                f"data only {', '.join(names[:8])}"
+                f"data: the validation data have the label {text!r}, which is not in "
+                f"the training data ({', '.join(names[:8])})."
             )
         return names.index(text)
     try:
@@ -213,8 +223,8 @@ def _label(text: str, names: Sequence[str]) -> float:
         number = math.nan
     require(
         math.isfinite(number),
-        f"label_column: {text!r} is no number; pass --num-labels with the number of "
-        "different labels",
+        f"label_column: {text!r} is not a number; to predict classes, pass "
+        "--num-labels with their number.",
     )
     return number
 
@@ -222,7 +232,7 @@ def _label(text: str, names: Sequence[str]) -> float:
 def _train_batches(
     examples: Example, config: DataConfig, seed: int, own: slice
 ) -> grain.IterDataset[Example]:
-    """Makes batches without end; each epoch has an order of its own."""
+    """Build endless training batches, reshuffled in each epoch."""
 
     def take(i: int) -> Example:
         return {name: column[i] for name, column in examples.items()}
@@ -235,7 +245,7 @@ def _train_batches(
 
 
 def _validation_batches(examples: Example, config: DataConfig, own: slice) -> Example:
-    """Pads the last batch with examples of weight 0.
+    """Build the validation batches, padding the last one with examples of weight 0.
 
     The other weights are scaled up, so that the mean over all slots is the mean over
     the examples.

@@ -1,4 +1,4 @@
-"""The command that writes a fine-tuned model in the format of Hugging Face.
+"""The command that exports a fine-tuned model in Hugging Face's format.
 
 ``python -m examples.glue export --run-dir DIR --output-dir OUT`` writes a directory
 from which ``transformers`` loads a ``LlamaForSequenceClassification`` and its
@@ -23,14 +23,14 @@ from examples.training.trained import Source, load_trained
 
 
 def export(source: Source, output_dir: Path) -> None:
-    """Write a model in the format of Hugging Face.
+    """Export a fine-tuned model in Hugging Face's format.
 
-    Texts are given to it as in training: the token before each document, the text, and
-    for a pair both once more; padded on the right with that token.
+    The model expects its input as in training: the start-of-document token before each
+    text, for a pair before both, and padding on the right with the same token.
 
     Args:
-        source: where the parameters come from.
-        output_dir: where the files go; a new directory, or an empty one.
+        source: the checkpoint to export.
+        output_dir: the directory to write to, new or empty.
     """
     require_empty(output_dir)
     config, step, params = load_trained(source, ClassificationTask)

@@ -1,4 +1,4 @@
-"""A Llama that classifies: its body, and a layer on the last token."""
+"""A Llama classifier: its body, and a linear layer on the last token."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ _INIT = nnx.initializers.normal(0.02)
 
 
 class Classifier(Body):
-    """Maps a text to a score for each label, or to a number."""
+    """A Llama that maps a text to a logit per label, or to a number."""
 
     def __init__(self, config: ModelConfig, num_labels: int, rngs: nnx.Rngs):
-        """Draws every weight from ``rngs``."""
+        """Initialize the parameters from ``rngs``."""
         super().__init__(config, rngs)
         self.score = nnx.Linear(
             config.hidden_size,
@@ -25,11 +25,11 @@ class Classifier(Body):
         )
 
     def __call__(self, tokens: jax.Array, last: jax.Array) -> jax.Array:
-        """Maps ``[B, T]`` to logits in float32, ``[B, num_labels]``.
+        """Map tokens, ``[B, T]``, to logits in float32, ``[B, num_labels]``.
 
         Args:
-            tokens: integers; what follows the last token has no effect.
-            last: the position of the last token of each text, ``[B]``.
+            tokens: integers; tokens after position ``last`` have no effect.
+            last: position of the last token of each text, ``[B]``.
         """
         features, _ = self.features(tokens)
         at_last = features[jnp.arange(len(tokens)), last]
@@ -37,7 +37,7 @@ class Classifier(Body):
 
 
 def make_graphdef(config: ModelConfig, num_labels: int) -> nnx.GraphDef[Classifier]:
-    """Makes the model without its parameters."""
+    """Build the graph definition of the model, without parameters."""
     return nnx.graphdef(
         nnx.eval_shape(lambda: Classifier(config, num_labels, nnx.Rngs(0)))
     )

@@ -1,4 +1,4 @@
-"""The scores of GLUE, by scikit-learn and SciPy."""
+"""The metrics of GLUE, computed by scikit-learn and SciPy."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,20 +21,20 @@ _SCORES: Mapping[Score, Callable[[np.ndarray, np.ndarray], float]] = {
 def scores(
     metrics: Sequence[Score], logits: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
-    """Computes scores of predictions.
+    """Compute metrics of predictions.
 
     Args:
-        metrics: their names.
-        logits: ``[N, num_labels]``; of one column, the numbers predicted.
+        metrics: names of the metrics.
+        logits: ``[N, num_labels]``; a single column holds the predicted numbers.
         labels: the true classes or numbers, ``[N]``.
 
     Returns:
-        The scores by name. A correlation with what does not vary is 0.
+        The scores by name. A correlation with a constant is 0.
     """
     is_regression = logits.shape[-1] == 1
     predicted = logits[:, 0] if is_regression else logits.argmax(-1)
     with warnings.catch_warnings():
-        # Of numbers that are all alike, SciPy warns and returns NaN.
+        # SciPy warns about constant input and returns NaN.
         warnings.simplefilter("ignore")
         found = {name: float(_SCORES[name](labels, predicted)) for name in metrics}
     return {name: x if np.isfinite(x) else 0.0 for name, x in found.items()}

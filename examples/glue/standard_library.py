@@ -1,6 +1,6 @@
-"""Two tasks made of the source of Python's standard library.
+"""Two tasks built from the source of Python's standard library.
 
-Modules are split into training and validation, so that no module is in both.
+Training and validation use different modules.
 """
 
 import ast
@@ -24,22 +24,22 @@ _PACKAGES = (
     "xml",
 )
 _LINES = 4
-"""Lines of a snippet."""
+"""Lines per snippet."""
 _MOST = 300
-"""Snippets of a package to train on, so that all are as frequent."""
+"""Maximum number of training snippets per package, so that labels are balanced."""
 _MOST_GROUPS = 1000
-"""Couples of functions, of four rows each, to train or to validate on."""
+"""Maximum number of function pairs, of four rows each, in each split."""
 
 
 class Row(NamedTuple):
-    """A text or two, and the label."""
+    """One or two texts and their label."""
 
     texts: tuple[str, ...]
     label: str
 
 
 class Rows(NamedTuple):
-    """What to train and to validate on."""
+    """The rows of the training and validation splits."""
 
     train: list[Row]
     validation: list[Row]
@@ -47,9 +47,9 @@ class Rows(NamedTuple):
 
 @functools.cache
 def package_rows(validation_fraction: float) -> Rows:
-    """Makes the task: from which package is this snippet of four lines?
+    """Build the task: which package is this snippet of four lines from?
 
-    Each snippet is taken once, so that none is on both sides.
+    Each snippet is used once, so that none is in both splits.
     """
     rows, taken = Rows([], []), set[str]()
     for package in _PACKAGES:
@@ -65,10 +65,11 @@ def package_rows(validation_fraction: float) -> Rows:
 
 @functools.cache
 def docstring_rows(validation_fraction: float) -> Rows:
-    """Makes the task: does this docstring belong to this function?
+    """Build the task: does this docstring belong to this function?
 
-    Half of the docstrings are exchanged within their package. Each docstring and each
-    function is taken once, so that none is on both sides or fits two functions.
+    Functions are paired within their package, and each is used with its own docstring
+    and with the other's. Duplicate docstrings and functions are skipped, so that none
+    is in both splits or fits two functions.
     """
     rows, taken = Rows([], []), set[str]()
     modules = _split(_modules(), validation_fraction)
@@ -87,12 +88,12 @@ def docstring_rows(validation_fraction: float) -> Rows:
 
 
 def _shuffled(rows: Rows) -> Rows:
-    """Mixes the labels, so that some of the rows are like all."""
+    """Shuffle the rows, so that the first few are a fair sample."""
     return Rows(*[random.Random(0).sample(side, len(side)) for side in rows])
 
 
 def _modules(package: str = "") -> dict[Path, str]:
-    """Reads the modules of a package, or of all and of none."""
+    """Read the modules of a package, or of the whole library."""
     texts = {}
     for path in standard_library():
         if path.is_relative_to(STANDARD_LIBRARY / package):
@@ -106,7 +107,7 @@ def _modules(package: str = "") -> dict[Path, str]:
 def _split(
     modules: dict[Path, str], fraction: float
 ) -> tuple[dict[Path, str], dict[Path, str]]:
-    """Splits modules by the hash of their text, of which copies count once."""
+    """Split modules by the hash of their text; copies count once."""
     by_hash = {hashlib.sha256(t.encode()).digest(): p for p, t in modules.items()}
     train, validation = split_hashes(by_hash, fraction)
     return (
@@ -116,7 +117,7 @@ def _split(
 
 
 def _snippets(text: str) -> Iterator[str]:
-    """Cuts a module into pieces, without the imports, which would name the package."""
+    """Cut a module into snippets, without imports, which would name the package."""
     lines = [
         line
         for line in text.splitlines()
@@ -127,10 +128,10 @@ def _snippets(text: str) -> Iterator[str]:
 
 
 def _documented(text: str) -> Iterator[tuple[str, str]]:
-    """Yields the summary of each docstring, and the function without a docstring."""
+    """Yield the summary of each docstring, and its function without the docstring."""
     try:
         tree = ast.parse(text)
-    except SyntaxError:  # Some modules show what Python does not understand.
+    except SyntaxError:  # Some modules contain invalid syntax on purpose.
         return
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -143,7 +144,7 @@ def _documented(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _half_exchanged(pairs: list[tuple[str, str]]) -> Iterator[list[Row]]:
-    """Yields two functions at a time with their docstrings, and with each other's."""
+    """Yield four rows per pair of functions: own and exchanged docstrings."""
     pairs = random.Random(0).sample(pairs, len(pairs))
     for (first, code), (second, other) in zip(pairs[::2], pairs[1::2], strict=False):
         yield [

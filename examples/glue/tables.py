@@ -1,4 +1,4 @@
-"""Rows of text and labels: from a file, a Hugging Face dataset, or made here."""
+"""Rows of text and labels from a file, a dataset, or the standard library."""
 
 import csv
 import hashlib
@@ -37,10 +37,10 @@ _BUILDERS = {
 
 
 def read_rows(config: DataConfig) -> Rows:
-    """Reads the rows that the configuration names.
+    """Read the configured rows.
 
     Raises:
-        InputError: for rows that cannot be had, or have other columns.
+        InputError: if the rows cannot be loaded, or lack a column.
     """
     if config.data:
         rows = (_read_dataset if is_streamed(config.data) else _read_file)(config)
@@ -48,11 +48,11 @@ def read_rows(config: DataConfig) -> Rows:
     else:
         make = {"package": package_rows, "docstring": docstring_rows}[config.made]
         rows, source = make(config.validation_fraction), "the standard library"
-    for use, side in zip(("train", "validate"), rows, strict=True):
+    for split, side in zip(("training", "validation"), rows, strict=True):
         require(
             bool(side),
-            f"data: no rows to {use} on in {source}; give more, or another "
-            "--validation-fraction",
+            f"data: no {split} rows in {source}; provide more rows or change "
+            "--validation-fraction.",
         )
     return rows
 
@@ -72,7 +72,7 @@ def _columns(config: DataConfig) -> list[Column]:
 
 
 def _read_dataset(config: DataConfig) -> Rows:
-    """Reads two splits of a Hugging Face dataset whole."""
+    """Read all rows of two splits of a Hugging Face dataset."""
     splits = {
         "train_split": config.train_split,
         "validation_split": config.validation_split,
@@ -82,24 +82,28 @@ def _read_dataset(config: DataConfig) -> Rows:
 
 
 def _read_file(config: DataConfig) -> Rows:
-    """Reads a file, and splits its rows by the hash of their texts."""
+    """Read a file and split its rows by the hash of their texts."""
     (source,) = config.data
     path = Path(source)
-    require(path.is_file(), f"data: there is no file {path}")
+    require(
+        not path.is_dir(),
+        f"data: {path} is a directory; pass a file, or a dataset as --data hf:NAME.",
+    )
+    require(path.is_file(), f"data: {path} does not exist.")
     suffix = path.suffix.lower()
     if suffix in _TABLES:
         found: Iterable[Mapping[str, Any]] = _read_table(path, _TABLES[suffix])
     else:
         require(
             suffix in _BUILDERS,
-            f"data: {path} is not one of {', '.join((*_TABLES, *_BUILDERS))}; for a "
-            "directory or a dataset pass --data hf:NAME",
+            f"data: the suffix of {path} is not one of "
+            f"{', '.join((*_TABLES, *_BUILDERS))}.",
         )
         found = _read_columns(path, _BUILDERS[suffix])
     found = iter(found)
     first = next(found, None)
     if first is None:
-        raise InputError(f"data: {path} has no rows")
+        raise InputError(f"data: {path} has no rows.")
     for column in _columns(config):
         require_column(first, column, source)
     by_hash: dict[bytes, list[Row]] = {}
@@ -107,14 +111,15 @@ def _read_file(config: DataConfig) -> Rows:
         key = hashlib.sha256("\0".join(row.texts).encode()).digest()
         by_hash.setdefault(key, []).append(row)
     require(
-        len(by_hash) > 1, f"data: {path} has one text only, and none to validate on"
+        len(by_hash) > 1,
+        f"data: {path} has only one distinct text; validation needs another.",
     )
     sides = split_hashes(by_hash, config.validation_fraction)
     return Rows(*[[row for key in side for row in by_hash[key]] for side in sides])
 
 
 def _read_table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
-    """Reads CSV or TSV; every value is a string.
+    """Read CSV or TSV, with all values as strings.
 
     In TSV, quotation marks are ordinary characters.
     """
@@ -127,23 +132,23 @@ def _read_table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
                 file, delimiter=delimiter, quoting=quoting, strict=True
             )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"data: cannot read {path} ({reason(error)})") from error
+        raise InputError(f"data: cannot read {path} ({reason(error)}).") from error
 
 
 def _read_columns(path: Path, builder: str) -> Iterator[Mapping[str, Any]]:
-    """Reads a file with the package datasets."""
+    """Read a file with the package datasets."""
     datasets = import_datasets()
     try:
         yield from datasets.load_dataset(builder, data_files=str(path), streaming=True)[
             "train"
         ]
-    except Exception as error:  # The packages below raise errors of many kinds.
-        raise InputError(f"data: cannot read {path} ({reason(error)})") from error
+    except Exception as error:  # datasets raises errors of many types.
+        raise InputError(f"data: cannot read {path} ({reason(error)}).") from error
 
 
 def _take(rows: Iterable[Mapping[str, Any]], config: DataConfig) -> list[Row]:
-    """Collects texts and labels, and reports how many rows lack one of them."""
-    taken, left_out = [], 0
+    """Collect texts and labels, and report how many rows lack one of them."""
+    taken, skipped = [], 0
     source = config.data[0]
     try:
         for row in tqdm(rows, "Reading", unit="row", leave=False):
@@ -151,13 +156,13 @@ def _take(rows: Iterable[Mapping[str, Any]], config: DataConfig) -> list[Row]:
             texts = tuple(text for text in found if isinstance(text, str))
             label = row.get(config.label_column)
             if label in (None, "") or len(texts) < len(config.text_columns):
-                left_out += 1
+                skipped += 1
                 continue
             taken.append(Row(texts, str(label)))
     except InputError:
         raise
-    except Exception as error:  # The packages below raise errors of many kinds.
-        raise InputError(f"data: cannot read {source} ({reason(error)})") from error
-    if left_out and jax.process_index() == 0:
-        print(f"Left out {left_out} rows of {source} without a text or a label.")
+    except Exception as error:  # datasets raises errors of many types.
+        raise InputError(f"data: cannot read {source} ({reason(error)}).") from error
+    if skipped and jax.process_index() == 0:
+        print(f"Skipped {skipped} rows of {source} without a text or a label.")
     return taken

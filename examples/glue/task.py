@@ -1,4 +1,4 @@
-"""Sentence tasks as a task of the training program, and the recipes of GLUE."""
+"""Text classification as a training task, and its presets."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ from examples.training.trained import Source, load_trained
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """Predict the label of a text, or of a pair of texts."""
+    """Prediction of the label of a text or a pair of texts."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -54,38 +54,38 @@ class ClassificationTask:
     free: ClassVar[frozenset[str]] = frozenset({"unroll"})
 
     def __post_init__(self) -> None:
-        """Checks that the scores are of what the head predicts."""
+        """Check that the metrics suit what the head predicts."""
         self.data.require_head(self.head)
 
     @property
     def units(self) -> int:
-        """Examples in a step."""
+        """Examples per step."""
         return self.data.batch_size
 
     @property
     def divided(self) -> Mapping[str, Mapping[str, int]]:
-        """Sizes that must be divisible by each axis of the mesh."""
+        """Sizes that each mesh axis must divide."""
         return divided_sizes(self.model)
 
     def describe(self) -> str:
-        """Describes the texts of a batch."""
+        """Describe a batch."""
         length = self.data.sequence_length
         return f"{self.data.batch_size} texts of {length} tokens"
 
     def default_learning_rate(self, optimizer: str) -> float | None:
-        """Returns None: it depends on the pretrained model."""
+        """Return None: the best rate depends on the pretrained model."""
         return None
 
     def init(self, seed: int) -> Params:
-        """Draws all weights; ``start_from`` keeps the head's."""
+        """Initialize all parameters; ``start_from`` uses only the head's."""
         model = Classifier(self.model, self.head.num_labels, nnx.Rngs(seed))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def loss(self, params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Computes the mean cross-entropy, or the mean squared error of numbers.
+        """Compute the mean cross-entropy, or the mean squared error of numbers.
 
         Args:
-            params: the weights.
+            params: the parameters.
             batch: ``tokens``, ``[B, T]``; ``last``, ``label`` and ``weight``, ``[B]``.
 
         Returns:
@@ -97,7 +97,7 @@ class ClassificationTask:
     def evaluate(
         self, params: Params, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Computes the loss, and the logits beside the labels."""
+        """Compute the loss, and the logits and labels that ``scores`` needs."""
         model = nnx.merge(make_graphdef(self.model, self.head.num_labels), params)
         logits = model(batch["tokens"].astype(jnp.int32), batch["last"])
         label, weight = batch["label"], batch["weight"]
@@ -111,32 +111,32 @@ class ClassificationTask:
         return (weight * losses).mean(), outputs
 
     def scores(self, outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Computes the scores of the task."""
-        there = outputs["weight"] > 0
-        logits, label = outputs["logits"][there], outputs["label"][there]
+        """Compute the metrics of the task, without the padding of the last batch."""
+        valid = outputs["weight"] > 0
+        logits, label = outputs["logits"][valid], outputs["label"][valid]
         return scores(self.data.metrics, logits, label)
 
     def check_source(self, source: Path) -> None:
-        """Checks a pretrained Llama, or another run of fine-tuning."""
+        """Check that ``source`` is a Llama, pretrained or fine-tuned, of this size."""
         require_same_model(source, _open(source).model, self.model)
 
     def start_from(self, source: Path, seed: int) -> Params:
-        """Loads the body of the source, and draws the head."""
-        # XLA leaves out the body, which is not returned.
+        """Load the body from ``source`` and initialize the head."""
+        # XLA eliminates the unused body.
         head = jax.jit(lambda: self.init(seed)["score"])()
         body = _open(source).load_params()
         names = jax.eval_shape(lambda: self.init(0))
-        drawn = {"score": jax.tree.map(np.asarray, head)}
-        return {name: drawn.get(name) or body[name] for name in names}
+        new = {"score": jax.tree.map(np.asarray, head)}
+        return {name: new.get(name) or body[name] for name in names}
 
     def load(
         self, seed: int, process: int, processes: int, source: Path | None = None
     ) -> Data:
-        """Loads rows, and tokenizes them as the pretrained Llama's text was."""
+        """Load rows and tokenize them with the pretrained Llama's tokenizer."""
         if source is None:
             raise InputError(
-                "from: give the pretrained Llama: the directory of a run of "
-                "examples.llama, or of a model in Hugging Face's format"
+                "from: fine-tuning needs a pretrained Llama; pass the directory of a "
+                "run of examples.llama, or of a model in Hugging Face's format."
             )
         found = _open(source)
         return load_data(
@@ -152,7 +152,7 @@ class ClassificationTask:
         )
 
     def batch_like(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes and dtypes of a batch."""
+        """Return the shapes and dtypes of a batch."""
         count, length = self.data.batch_size, self.data.sequence_length
         is_small = self.model.vocab_size <= 2**16
         label = jnp.float32 if self.head.num_labels == 1 else jnp.int32
@@ -166,27 +166,27 @@ class ClassificationTask:
         }
 
     def flops(self) -> float:
-        """Counts the operations of a step."""
+        """Count the FLOPs of a step."""
         length = self.data.sequence_length
         each = flops_per_token(self.model, count_parameters(self), length)
         return self.units * length * each
 
     def show(self, models: LoadModels, data: LoadData, directory: Path) -> list[Path]:
-        """Draws nothing."""
+        """Draw nothing."""
         return []
 
     @property
     def layers(self) -> Mapping[str, int]:
-        """The blocks are stacked."""
+        """Number of stacked blocks."""
         return {"blocks": self.model.num_layers}
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
-        """Sets the unroll factor of the scan over the blocks."""
+        """Return the task with this unroll factor for the scan over blocks."""
         return replace(self, model=replace(self.model, unroll=layers["blocks"]))
 
 
 def _open(source: Path) -> Pretrained:
-    """Finds a pretrained Llama, or the body of a run of fine-tuning."""
+    """Open a pretrained Llama, or the body of a fine-tuning run."""
     if not (source / LABELS_NAME).is_file():
         return open_pretrained(source)
     kept = read_labels("from", source)
@@ -204,12 +204,12 @@ def _open(source: Path) -> Pretrained:
 def with_model(
     config: TrainConfig[ClassificationTask], name: str
 ) -> TrainConfig[ClassificationTask]:
-    """Sets the architecture of the pretrained model."""
+    """Return the configuration with the architecture ``MODELS[name]``."""
     return replace(config, task=replace(config.task, model=MODELS[name]))
 
 
 def _recipe(**optimizer: Any) -> OptimizerConfig:
-    """Sets what Liu et al. (arXiv:1907.11692) fine-tune with."""
+    """Build the fine-tuning settings of Liu et al. (arXiv:1907.11692)."""
     return OptimizerConfig(
         b1=0.9,
         b2=0.999,
@@ -222,7 +222,7 @@ def _recipe(**optimizer: Any) -> OptimizerConfig:
 
 
 def _demo(made: Any, labels: int, steps: int) -> TrainConfig[ClassificationTask]:
-    """Sets the best rate for AdamW of 2e-3, 4e-3 and 8e-3."""
+    """Build a preset with AdamW's best learning rate of 2e-3, 4e-3 and 8e-3."""
     data = DataConfig(made=made, sequence_length=48, validation_batches=24)
     return TrainConfig(
         ClassificationTask(head=HeadConfig(labels), data=data),
@@ -262,9 +262,9 @@ PRESETS: dict[str, TrainConfig[ClassificationTask]] = {
 EXPERIMENT = Experiment(
     ClassificationTask,
     PRESETS,
-    "package, docstring: tasks made of the source of the Python standard library, for "
-    "the demo's Llama. The others are those of GLUE: batches of 32, 3 epochs (MRPC and "
-    "WNLI 5), betas 0.9 and 0.999, linear to zero.",
+    "package, docstring: tasks built from the source of the Python standard library, "
+    "for the demo's Llama. Others: the tasks of GLUE, batch size 32, 3 epochs (5 for "
+    "MRPC and WNLI), betas 0.9 and 0.999, learning rate linear to zero.",
     MODELS,
     with_model,
 )

@@ -1,6 +1,6 @@
-"""Llama pretraining on a CPU, a GPU or a slice of TPUs, with and without caution.
+"""Llama pretraining on a CPU, a GPU or a TPU slice, with and without caution.
 
-``python -m examples.llama`` lists the commands. What is here is the Llama's own: the
-model, its data, its recipes, and what is done with it once it is trained.
-``docs/llama.md`` has the whole story.
+``python -m examples.llama`` lists the commands. This package holds what is specific to
+the Llama: the model, its data, its recipes, and the commands that use a trained model.
+See ``docs/llama.md`` for the full guide.
 """

@@ -1,4 +1,4 @@
-"""The commands of the Llama: ``python -m examples.llama COMMAND --help``."""
+"""The Llama commands: ``python -m examples.llama COMMAND --help``."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The settings of the model and of its data, and the architectures by name."""
+"""Model and data settings, and the named architectures."""
 
 import os
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ from examples.training.checks import (
 )
 
 TOKENIZER_NAME = "tokenizer.json"
-"""The tokenizer's file, of a run and of a model in Hugging Face's format."""
+"""Name of the tokenizer file, in a run and in a model in Hugging Face's format."""
 
 BYTES = 256
-"""Tokens that a byte-level tokenizer has before it merges any."""
+"""Tokens in a byte-level tokenizer before any merge."""
 
 END_OF_DOCUMENT = "<|endoftext|>"
-"""The one special token of a tokenizer trained here, written after each document."""
+"""The only special token of a tokenizer trained here; it follows each document."""
 
 
 def _default_cache_dir() -> Path:
@@ -30,14 +30,14 @@ def _default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture, and how it is computed."""
+    """Architecture and compute settings."""
 
     vocab_size: int = 2048
-    """Tokens in the vocabulary."""
+    """Vocabulary size."""
     hidden_size: int = 128
-    """Features of the residual stream."""
+    """Width of the residual stream."""
     intermediate_size: int = 344
-    """Features inside the feed-forward layer."""
+    """Width of the feed-forward layer."""
     num_layers: int = 3
     """Transformer blocks."""
     num_heads: int = 4
@@ -47,44 +47,45 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     rms_epsilon: float = 1e-6
-    """Added to the mean square by which the norms divide."""
+    """Epsilon of the RMS norms, added to the mean square."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type computed in. Parameters, logits and loss are float32 always."""
+    """Compute dtype. Parameters, logits and loss are always float32."""
     remat: bool = False
-    """Keep only the input of each block for the backward pass, and compute the rest of
-    it again. Saves most of the activations' memory for a third more computation."""
+    """Keep only the input of each block for the backward pass and recompute the
+    remaining activations. Saves most of their memory for a third more computation."""
     unroll: int = 3
-    """Blocks in each iteration of the loop over them. More take longer to compile."""
+    """Blocks per iteration of the scan over the blocks. More take longer to compile."""
 
     @property
     def architecture(self) -> dict[str, float]:
-        """The settings that make the model, without how it is computed."""
-        how = {"dtype", "remat", "unroll"}
-        return {name: x for name, x in vars(self).items() if name not in how}
+        """The settings that define the model, without the compute settings."""
+        compute = {"dtype", "remat", "unroll"}
+        return {name: x for name, x in vars(self).items() if name not in compute}
 
     @property
     def head_dim(self) -> int:
-        """Features of one head."""
+        """Features per head."""
         return self.hidden_size // self.num_heads
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Validate the settings."""
         for name, value in {**self.architecture, "unroll": self.unroll}.items():
             require_positive(name, value)
         require(
             self.hidden_size % self.num_heads == 0,
-            f"num_heads ({self.num_heads}) does not divide hidden_size "
-            f"({self.hidden_size}): choose a hidden_size that is a multiple of it",
+            f"num_heads ({self.num_heads}) must divide hidden_size "
+            f"({self.hidden_size}).",
         )
         require(
             self.head_dim % 2 == 0,
-            f"hidden_size / num_heads is {self.head_dim}: it has to be even, as rotary "
-            "embeddings turn features in pairs",
+            f"hidden_size / num_heads must be even, got {self.head_dim}: rotary "
+            "embeddings rotate pairs of features.",
         )
         require(
             self.num_heads % self.num_kv_heads == 0,
-            f"num_kv_heads ({self.num_kv_heads}) does not divide num_heads "
-            f"({self.num_heads}): each key/value head serves equally many query heads",
+            f"num_kv_heads ({self.num_kv_heads}) must divide num_heads "
+            f"({self.num_heads}): every key/value head serves the same number of query "
+            "heads.",
         )
         require_choice("dtype", self.dtype, ("float32", "bfloat16"))
 
@@ -94,35 +95,36 @@ class DataConfig:
     """The corpus and the windows cut from it."""
 
     data: tuple[str, ...] = ()
-    """Text files, or directories of them; one file is one document. Or one Hugging Face
-    dataset, streamed: hf:NAME or hf:NAME:CONFIG, as in hf:allenai/c4:en. Empty: the
-    source of the Python standard library on this machine."""
+    """Text files or directories of text files, one document per file; or a single
+    Hugging Face dataset to stream, hf:NAME or hf:NAME:CONFIG, such as
+    hf:allenai/c4:en. Empty: the source code of this machine's Python standard
+    library."""
     text_column: str = "text"
-    """Column of a Hugging Face dataset that holds the documents."""
+    """Column of the Hugging Face dataset that holds the documents."""
     train_split: str = "train"
-    """Split of a Hugging Face dataset to train on."""
+    """Split of the Hugging Face dataset to train on."""
     validation_split: str = "validation"
-    """Split of a Hugging Face dataset to validate on."""
+    """Split of the Hugging Face dataset to validate on."""
     tokenizer: str = ""
-    """A tokenizer.json, or the name of one on the Hugging Face hub, such as t5-base.
-    Empty: one with as many tokens as the model's vocabulary, trained here."""
+    """A tokenizer.json, or the name of a tokenizer on the Hugging Face Hub, such as
+    t5-base. Empty: train one with the vocabulary size of the model."""
     end_of_document: str = END_OF_DOCUMENT
-    """The special token of the tokenizer that is written after each document."""
+    """Special token of the tokenizer that ends each document."""
     cache_dir: Path = field(default_factory=_default_cache_dir)
-    """Where a tokenizer trained here and the tokens of text files are kept."""
+    """Cache for tokenizers trained here and for the tokens of text files."""
     validation_fraction: float = 0.1
-    """Share of the documents kept out of training, of text files."""
+    """Share of the documents held out for validation. Text files only."""
     shuffle_windows: int = 10_000
-    """Windows of a streamed dataset among which each process draws the next."""
+    """Number of windows over which each process shuffles a streamed dataset."""
     sequence_length: int = 128
-    """Tokens the model sees at once."""
+    """Tokens per sequence."""
     batch_size: int = 16
-    """Windows in a training step, over all devices."""
+    """Sequences per training step, over all devices."""
     validation_batches: int = 8
-    """Batches on which the validation loss is measured, the same at each evaluation."""
+    """Batches in each evaluation, always the same ones."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Validate the settings."""
         for name in (
             "sequence_length",
             "batch_size",
@@ -166,4 +168,4 @@ MODELS: dict[str, ModelConfig] = {
     "3b": _paper_model(2560, 6848, 32, 32),
     "7b": _paper_model(4096, 11_008, 32, 32),
 }
-"""The tiny model of the demo, and the Llamas of the paper."""
+"""The tiny model of the demo and the Llamas of the paper."""

@@ -1,8 +1,8 @@
-"""The command that writes a trained model in the format of Hugging Face.
+"""The command that exports a trained model in Hugging Face's format.
 
 ``python -m examples.llama export --run-dir DIR --output-dir OUT`` writes a directory
-from which ``transformers`` loads a ``LlamaForCausalLM`` and its tokenizer, and other
-programs that read this format do too.
+from which ``transformers``, or any other program that reads this format, can load a
+``LlamaForCausalLM`` and its tokenizer.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from examples.training.trained import Source
 
 
 def save_run(run: Run, directory: Path) -> None:
-    """Writes a model and its tokenizer to a directory."""
+    """Save the model and the tokenizer of a run to a directory."""
     save_tensors(to_tensors(run.params), directory)
     data = run.task.data
     head = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
@@ -31,11 +31,11 @@ def save_run(run: Run, directory: Path) -> None:
 
 
 def export(source: Source, output_dir: Path) -> None:
-    """Write a model in the format of Hugging Face.
+    """Export a trained model in Hugging Face's format.
 
     Args:
         source: where the parameters come from.
-        output_dir: where the files go; a new directory, or an empty one.
+        output_dir: the directory to write to, new or empty.
     """
     require_empty(output_dir)
     run = load_run(source)

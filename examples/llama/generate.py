@@ -1,7 +1,7 @@
-"""The command that writes text with a trained model.
+"""The command that generates text with a trained model.
 
-``python -m examples.llama generate --run-dir DIR --prompt "def "`` goes on with the
-prompt as the run in DIR has learned to. ``--help`` lists all options.
+``python -m examples.llama generate --run-dir DIR --prompt "def "`` continues the prompt
+with the model of the run in DIR. ``--help`` lists all options.
 """
 
 from dataclasses import dataclass
@@ -26,46 +26,45 @@ _TOKENS = 200
 
 
 class Run(NamedTuple):
-    """A model that was trained, and what it was trained with."""
+    """A trained model with its tokenizer and settings."""
 
     task: LlamaTask
     tokenizer: Tokenizer
     end: int
-    """The token that ends a document."""
+    """The end-of-document token."""
     step: int
     params: Params
-    """In the host's memory."""
+    """The parameters, in host memory."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Settings for sampling the next token.
 
-    The logits are divided by the temperature, then the ``top_k`` are kept, then of
-    these the ``top_p``.
+    The logits are divided by the temperature, then filtered by ``top_k``, then by
+    ``top_p``.
     """
 
     temperature: float = 1.0
-    """What the logits are divided by: below 1, likely tokens become more likely still.
-    0 takes the most likely one always."""
+    """Divides the logits: values below 1 favor likely tokens. 0 is greedy decoding."""
     top_k: int | None = 50
-    """How many of the most likely tokens to choose from. None: all."""
+    """Sample from this many most likely tokens. None: from all tokens."""
     top_p: float = 1.0
-    """Choose from the fewest most likely tokens that have this probability together."""
+    """Sample from the fewest most likely tokens whose probabilities add up to this."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Validate the settings."""
         require(
             0 <= self.temperature < float("inf"),
-            f"temperature is {self.temperature}: it has to be at least 0",
+            f"temperature must be finite and at least 0, got {self.temperature}.",
         )
         require(
             self.top_k is None or self.top_k >= 1,
-            f"top_k is {self.top_k}: it has to be at least 1",
+            f"top_k must be at least 1, got {self.top_k}.",
         )
         require(
             0 < self.top_p <= 1,
-            f"top_p is {self.top_p}: it has to be above 0 and at most 1",
+            f"top_p must be above 0 and at most 1, got {self.top_p}.",
         )
 
 
@@ -73,50 +72,51 @@ class Sampling:
 
 
 def load_run(source: Source) -> Run:
-    """Loads the parameters and the tokenizer of a run.
+    """Load the parameters and the tokenizer of a run.
 
     Raises:
-        InputError: where there is no run, or not that checkpoint.
+        InputError: if the run, the checkpoint or a usable tokenizer is missing.
     """
     config, step, params = load_trained(source, LlamaTask)
     tokenizer_file = source.run_dir / TOKENIZER_NAME
-    require(tokenizer_file.is_file(), f"run_dir: there is no {tokenizer_file}")
+    require(tokenizer_file.is_file(), f"run_dir: {tokenizer_file} does not exist.")
     tokenizer = load_tokenizer(str(tokenizer_file))
     end = tokenizer.token_to_id(config.task.data.end_of_document)
     if end is None:
         raise InputError(
             f"run_dir: {tokenizer_file} has no token "
-            f"{config.task.data.end_of_document!r}"
+            f"{config.task.data.end_of_document!r}."
         )
     return Run(config.task, tokenizer, end, step, params)
 
 
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Sets all but the ``k`` largest of each row to minus infinity.
+    """Set all but the ``k`` largest logits of each row to minus infinity.
 
-    Those that equal the last of the ``k`` stay, too.
+    Logits equal to the ``k``-th largest are kept too.
     """
     largest, _ = jax.lax.top_k(logits, min(k, logits.shape[-1]))
     return jnp.where(logits >= largest[..., -1:], logits, -jnp.inf)
 
 
 def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Keeps the fewest largest whose softmax adds up to ``p``, or more.
+    """Set all but the most likely tokens of each row to minus infinity.
 
-    The others become minus infinity. Those that equal the last one kept stay, too.
+    Keep the fewest largest logits whose softmax adds up to at least ``p``, and those
+    equal to the smallest of them.
 
     Reference: Holtzman et al., arXiv:1904.09751.
     """
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered)
-    # What the larger ones have together. The first has none before it, and is kept.
+    # The total probability of the larger logits, 0 for the first, which is always kept.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     last = jnp.min(ordered, axis=-1, where=before < p, initial=jnp.inf, keepdims=True)
     return jnp.where(logits >= last, logits, -jnp.inf)
 
 
 def draw(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Draws a token from each row of logits, ``[B, V]`` to ``[B]``."""
+    """Sample a token from each row of logits, ``[B, V]`` to ``[B]``."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
     logits = logits / sampling.temperature
@@ -128,14 +128,14 @@ def draw(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
 
 
 class _Loop(NamedTuple):
-    """What changes from token to token."""
+    """The state of the decoding loop."""
 
     drawn: jax.Array
-    """How many tokens of each text are drawn so far."""
+    """Number of tokens sampled so far for each text."""
     tokens: jax.Array
-    """``[B, count]``, of which the first ``drawn`` are drawn."""
+    """``[B, count]``, of which the first ``drawn`` are sampled."""
     cache: Cache
-    """The keys and values of all tokens before the last one drawn."""
+    """Keys and values of all tokens before the last sampled one."""
 
 
 @partial(jax.jit, static_argnames=("config", "end", "count", "samples", "sampling"))
@@ -150,20 +150,20 @@ def generate_tokens(
     samples: int = 1,
     sampling: Sampling = Sampling(),
 ) -> jax.Array:
-    """Draws tokens that follow a prompt.
+    """Sample continuations of a prompt.
 
     Args:
         config: the model.
         params: its parameters.
         prompt: at least one token, ``[T]``.
-        key: of the random numbers.
-        end: the token that ends a document.
-        count: how many tokens to draw.
-        samples: how many times, independently.
-        sampling: how.
+        key: the random key.
+        end: the end-of-document token.
+        count: how many tokens to sample.
+        samples: how many independent continuations to sample.
+        sampling: how to sample the tokens.
 
     Returns:
-        Integers, ``[samples, count]``. After an ``end`` there is nothing but ``end``.
+        Integers, ``[samples, count]``. Every token after the first ``end`` is ``end``.
     """
     graphdef = make_graphdef(config)
 
@@ -171,7 +171,7 @@ def generate_tokens(
         logits, cache = nnx.merge(graphdef, params).decode(tokens, cache)
         return logits[:, -1], cache
 
-    # The last token is drawn, and not run.
+    # The last token is sampled but never fed to the model.
     cache = make_cache(config, 1, len(prompt) + count - 1)
     logits, cache = decode(prompt[None], cache)
     keys, values = (jnp.repeat(x, samples, axis=1) for x in cache[:2])
@@ -180,7 +180,7 @@ def generate_tokens(
     first = draw(logits, sampling, jax.random.fold_in(key, 0))
     tokens = jnp.full((samples, count), end).at[:, 0].set(first)
 
-    def goes_on(loop: _Loop) -> jax.Array:
+    def should_continue(loop: _Loop) -> jax.Array:
         ended = loop.tokens[:, loop.drawn - 1] == end
         return (loop.drawn < count) & ~jnp.all(ended)
 
@@ -191,14 +191,15 @@ def generate_tokens(
         new = jnp.where(last == end, end, new)
         return _Loop(loop.drawn + 1, loop.tokens.at[:, loop.drawn].set(new), cache)
 
-    return jax.lax.while_loop(goes_on, step, _Loop(jnp.int32(1), tokens, cache)).tokens
+    loop = _Loop(jnp.int32(1), tokens, cache)
+    return jax.lax.while_loop(should_continue, step, loop).tokens
 
 
 # Text
 
 
 def encode_prompt(prompt: str, run: Run) -> np.ndarray:
-    """Tokenizes a prompt; an empty one becomes the end of the document before."""
+    """Tokenize a prompt; an empty one becomes the end-of-document token."""
     ended = encode([prompt], run.tokenizer, run.task.data.end_of_document)
     return ended[:-1] if len(ended) > 1 else ended
 
@@ -211,40 +212,40 @@ def continue_prompt(
     samples: int = 1,
     seed: int = 0,
 ) -> list[str]:
-    """Writes texts that begin with a prompt, and end where the document does.
+    """Generate texts that start with a prompt and stop at the end of the document.
 
     Args:
         run: the model.
-        prompt: how each text begins.
-        tokens: how many to add at most. Not given: 200, or what the length of the
-            model's training sequences leaves.
-        sampling: how the tokens are drawn.
-        samples: how many texts to write.
-        seed: of the random numbers.
+        prompt: the start of each text.
+        tokens: the maximum number of new tokens. None: 200, or as many as fit in the
+            model's training sequence length.
+        sampling: how to sample the tokens.
+        samples: how many texts to generate.
+        seed: the random seed.
+
+    Returns:
+        The texts, each including the prompt.
 
     Raises:
-        InputError: for more tokens than the model's training sequences had.
+        InputError: if the text could exceed the model's training sequence length.
     """
     encoded = encode_prompt(prompt, run)
     length = run.task.data.sequence_length
     room = length - len(encoded)
     require(
         room > 0,
-        f"prompt: it has {len(encoded)} tokens, and the model was trained on sequences "
-        f"of {length}; shorten it",
+        f"prompt has {len(encoded)} tokens, but the model was trained on sequences of "
+        f"{length}; shorten it.",
     )
     tokens = min(_TOKENS, room) if tokens is None else tokens
     for name, value in (("tokens", tokens), ("samples", samples)):
         require_positive(name, value)
     require(
         tokens <= room,
-        f"tokens is {tokens}: with the prompt's {len(encoded)} that is beyond the "
-        f"sequences of {length} that the model was trained on; choose --tokens {room} "
-        "or fewer",
+        f"tokens ({tokens}) and the {len(encoded)} of the prompt exceed the sequences "
+        f"of {length} that the model was trained on; pass --tokens {room} or fewer.",
     )
-    require(
-        0 <= seed < 2**32, f"seed is {seed}: it has to be at least 0 and below 2**32"
-    )
+    require(0 <= seed < 2**32, f"seed must be at least 0 and below 2**32, got {seed}.")
     drawn = generate_tokens(
         run.task.model,
         run.params,
@@ -255,7 +256,7 @@ def continue_prompt(
         samples=samples,
         sampling=sampling,
     )
-    # The decoder leaves out special tokens, so the end of the document, too.
+    # Decoding drops special tokens, including the end of the document.
     return [run.tokenizer.decode([*encoded.tolist(), *row]) for row in drawn.tolist()]
 
 
@@ -267,16 +268,16 @@ def generate(
     samples: int = 1,
     seed: int = 0,
 ) -> None:
-    """Go on with a prompt as a model has learned to.
+    """Generate text from a prompt with a trained model.
 
     Args:
         source: where the parameters come from.
-        prompt: how the text begins. Empty: as documents do.
-        tokens: how many to add at most. Not given: 200, or what the length of the
-            model's training sequences leaves.
-        sampling: how the tokens are drawn.
-        samples: how many texts to write.
-        seed: of the random numbers.
+        prompt: the start of the text. Empty: start a new document.
+        tokens: the maximum number of new tokens. None: 200, or as many as fit in the
+            model's training sequence length.
+        sampling: how to sample the tokens.
+        samples: how many texts to generate.
+        seed: the random seed.
     """
     run = load_run(source)
     texts = continue_prompt(run, prompt, tokens, sampling, samples, seed)

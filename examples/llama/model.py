@@ -1,8 +1,8 @@
 """A decoder-only transformer of the Llama family, in Flax NNX.
 
-Shapes are written with B sequences of T tokens, D features, N query heads,
-K key/value heads, H features a head, F features in the feed-forward layer, L layers, a
-vocabulary of V tokens, and a cache for S tokens.
+Shapes use B sequences, T tokens per sequence, D features, N query heads, K key/value
+heads, H features per head, F feed-forward features, L layers, a vocabulary of V tokens
+and a cache of S tokens.
 """
 
 from collections.abc import Mapping
@@ -36,23 +36,26 @@ LAYOUT: Mapping[str, tuple[str | None, ...]] = {
     "up": ("fsdp", "tensor"),  # [D, F]
     "down": ("tensor", "fsdp"),  # [F, D]
 }
-"""Axes of the mesh by which a body's parameters are split: heads, the features inside
-the feed-forward layer and the vocabulary over tensor."""
+"""Mesh axes over which the parameters of ``Body`` are sharded. The tensor axis shards
+heads, feed-forward features and the vocabulary."""
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far, of one layer or of all."""
+    """Keys and values of the tokens seen so far.
+
+    A cache of all layers has a leading axis L in every array.
+    """
 
     keys: jax.Array
     """``[B, S, K, H]``, of which the first ``length`` positions are filled."""
     values: jax.Array
-    """Likewise."""
+    """The same shape as ``keys``."""
     length: jax.Array
-    """Tokens seen so far, a scalar; of all layers, ``[L]``."""
+    """Number of tokens seen so far, a scalar."""
 
 
 def make_cache(config: ModelConfig, batch: int, size: int) -> Cache:
-    """Makes an empty cache of all layers for ``batch`` sequences of ``size`` tokens."""
+    """Build an empty cache of all layers for ``batch`` sequences of ``size`` tokens."""
     shape = config.num_layers, batch, size, config.num_kv_heads, config.head_dim
     empty = jnp.zeros(shape, config.dtype)
     return Cache(empty, empty, jnp.zeros(config.num_layers, jnp.int32))
@@ -61,11 +64,11 @@ def make_cache(config: ModelConfig, batch: int, size: int) -> Cache:
 def rotary_embedding(
     x: jax.Array, theta: float, start: jax.typing.ArrayLike = 0
 ) -> jax.Array:
-    """Rotates the features of each head by angles that grow with the position.
+    """Rotate the features of each head by angles proportional to the position.
 
-    Feature ``i`` and feature ``i + H/2`` form a plane, turned at position ``t``
-    by ``t * theta ** (-2 i / H)``. The product of a rotated query and a rotated
-    key then depends on the two positions through their difference only.
+    Features ``i`` and ``i + H/2`` form a plane, which is rotated at position ``t`` by
+    ``t * theta ** (-2 i / H)``. The dot product of a rotated query and a rotated key
+    then depends only on the difference of their positions.
 
     Args:
         x: queries or keys, ``[B, T, heads, H]``.
@@ -77,7 +80,7 @@ def rotary_embedding(
     """
     _, length, _, head_dim = x.shape
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    # Positions of thousands times a frequency near one need float32.
+    # In float32: bfloat16 cannot represent positions in the thousands exactly.
     positions = jnp.arange(length, dtype=jnp.float32) + start
     angles = positions[:, None] * frequencies  # [T, H/2]
     cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
@@ -89,10 +92,10 @@ def rotary_embedding(
 
 
 class Attention(nnx.Module):
-    """Causal self-attention in which ``N / K`` query heads share a key/value head."""
+    """Causal self-attention; ``N / K`` query heads share each key/value head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Makes the four projections; none has a bias."""
+        """Build the four projections, without biases."""
         query_features = config.num_heads * config.head_dim
         kv_features = config.num_kv_heads * config.head_dim
         self.query = _linear(config.hidden_size, query_features, config, rngs)
@@ -105,9 +108,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Maps ``[B, T, D]`` to ``[B, T, D]``.
+        """Map ``[B, T, D]`` to ``[B, T, D]``.
 
-        With a cache, the tokens of ``x`` come after those in it, and are added to it.
+        With a cache, the tokens of ``x`` follow the cached ones and are added to them.
         """
         batch, length, _ = x.shape
         start = jnp.int32(0) if cache is None else cache.length
@@ -143,23 +146,23 @@ class FeedForward(nnx.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Makes the three projections; none has a bias."""
+        """Build the three projections, without biases."""
         inner = config.intermediate_size
         self.gate = _linear(config.hidden_size, inner, config, rngs)
         self.up = _linear(config.hidden_size, inner, config, rngs)
         self.down = _linear_back(inner, config.hidden_size, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[B, T, D]`` to ``[B, T, D]`` through ``[B, T, F]``."""
+        """Map ``[B, T, D]`` to ``[B, T, D]`` through ``[B, T, F]``."""
         inner = jax.nn.silu(self.gate(x)) * self.up(x)
         return self.down(constrain(inner, BATCH, None, "tensor"))
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each on a normalized residual stream."""
+    """A pre-norm transformer block: attention, then feed-forward."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Makes the two sublayers and the norm in front of each."""
+        """Build the two sublayers and their norms."""
         self.attention_norm = _rms_norm(config, rngs)
         self.attention = Attention(config, rngs)
         self.feed_forward_norm = _rms_norm(config, rngs)
@@ -168,7 +171,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Maps ``[B, T, D]`` to ``[B, T, D]``, and fills the cache, if there is one."""
+        """Map ``[B, T, D]`` to ``[B, T, D]`` and extend the cache, if given."""
         attended, cache = self.attention(self.attention_norm(x), cache)
         x = constrain(x + attended, BATCH, None, None)
         x = x + self.feed_forward(self.feed_forward_norm(x))
@@ -176,14 +179,14 @@ class Block(nnx.Module):
 
 
 class Body(nnx.Module):
-    """What a language model and a classifier share: embedding, blocks, norm.
+    """The layers shared by language model and classifier: embedding, blocks, norm.
 
-    The parameters of all blocks are stacked along a leading axis, over which a scan
-    runs, so that a block is compiled once however many there are.
+    The parameters of all blocks are stacked along a leading axis and scanned over, so
+    that the block is compiled only once.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Draws every weight from ``rngs``, with a standard deviation of 0.02."""
+        """Draw the weights from ``rngs``, with a standard deviation of 0.02."""
         self.embedding = nnx.Embed(
             config.vocab_size, config.hidden_size, embedding_init=_INIT, rngs=rngs
         )
@@ -197,9 +200,9 @@ class Body(nnx.Module):
     def features(
         self, tokens: jax.Array, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Maps tokens, ``[B, T]``, to normalized features, ``[B, T, D]``.
+        """Map tokens, ``[B, T]``, to normalized features, ``[B, T, D]``.
 
-        With a cache, the tokens come after those in it, and are added to it.
+        With a cache, the tokens follow the cached ones and are added to them.
         """
         graphdef, blocks = nnx.split(self.blocks)
 
@@ -207,10 +210,10 @@ class Body(nnx.Module):
             params, layer_cache = layer
             return nnx.merge(graphdef, params)(x, layer_cache)
 
-        # In a scan nothing merges the two computations of a block anyway.
+        # Inside a scan, CSE cannot undo the rematerialization.
         policy = None if self.remat else all_but_gathered
         run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
-        # In float32, as the gradients of a frequent token are many to add up.
+        # In float32: the gradient of a frequent token is a sum of many terms.
         table = jnp.asarray(self.embedding.embedding[...])
         table = constrain(table, "tensor", None)
         x = constrain(table[tokens], BATCH, None, None).astype(self.dtype)
@@ -219,36 +222,36 @@ class Body(nnx.Module):
 
 
 class Llama(Body):
-    """The language model: its body, and an output layer of its own."""
+    """The language model: the body and an untied output layer."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Draws every weight from ``rngs``, with a standard deviation of 0.02."""
+        """Draw the weights from ``rngs``, with a standard deviation of 0.02."""
         super().__init__(config, rngs)
         self.logits = _linear(
             config.hidden_size, config.vocab_size, config, rngs, jnp.float32
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Scores every possible next token at every position.
+        """Compute the logits of the next token at every position.
 
         Args:
             tokens: integers, ``[B, T]``.
 
         Returns:
-            Logits in float32, ``[B, T, V]``; row ``t`` sees tokens up to ``t``.
+            Logits in float32, ``[B, T, V]``; position ``t`` sees tokens up to ``t``.
         """
         logits, _ = self._run(tokens, None)
         return logits
 
     def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Scores the next token after those in the cache and these.
+        """Compute the logits of the next token, with a cache of the previous ones.
 
         Args:
-            tokens: integers, ``[B, T]``, which follow those in the cache.
-            cache: of all layers, with room for ``T`` more tokens.
+            tokens: integers, ``[B, T]``, which follow the cached tokens.
+            cache: the cache of all layers, with room for ``T`` more tokens.
 
         Returns:
-            Logits in float32, ``[B, T, V]``, and the cache with these tokens in it.
+            Logits in float32, ``[B, T, V]``, and the cache including ``tokens``.
         """
         logits, filled = self._run(tokens, cache)
         assert filled is not None
@@ -262,12 +265,12 @@ class Llama(Body):
 
 
 def make_graphdef(config: ModelConfig) -> nnx.GraphDef[Llama]:
-    """Makes the model without its parameters."""
+    """Build the graph definition of the model, without parameters."""
     return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
 
 
 def divided_sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
-    """Returns the sizes that each axis of the mesh has to divide, by setting."""
+    """Return the sizes that each mesh axis must divide, by setting."""
     names = "num_heads", "num_kv_heads", "intermediate_size", "vocab_size"
     return {
         "fsdp": {"hidden_size": config.hidden_size},
@@ -278,15 +281,15 @@ def divided_sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
 def flops_per_token(
     config: ModelConfig, parameters: int, sequence_length: int
 ) -> float:
-    """Counts the operations that a token takes in training, as in PaLM.
+    """Compute the training FLOPs per token, as in PaLM.
 
-    Six for each parameter that multiplies, which the embedding's do not, and
-    ``12 L T D`` for attention, whose causal mask is not counted as a saving.
+    They are six per parameter, without the embedding, which multiplies nothing, plus
+    ``12 L T D`` for attention, without a discount for the causal mask.
 
     Args:
         config: the model.
-        parameters: how many it has.
-        sequence_length: tokens in a sequence, T.
+        parameters: number of parameters.
+        sequence_length: tokens per sequence, T.
 
     Reference: Chowdhery et al., arXiv:2204.02311, appendix B.
     """
@@ -303,7 +306,7 @@ def _linear(
     output_dtype: jax.typing.DTypeLike | None = None,
     axes: Axes = INTO,
 ) -> nnx.Linear:
-    """A projection without bias, from ``[B, T, inputs]`` to ``[B, T, outputs]``."""
+    """Build a projection without bias from ``[.., inputs]`` to ``[.., outputs]``."""
     return linear(
         inputs,
         outputs,
@@ -315,12 +318,12 @@ def _linear(
     )
 
 
-# A projection to the residual stream, whose inputs are split over the mesh.
+# A projection back to the residual stream, with sharded inputs.
 _linear_back = partial(_linear, axes=BACK)
 
 
 def _rms_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Root-mean-square norm over the features."""
+    """Build an RMS norm over the features."""
     return nnx.RMSNorm(
         config.hidden_size,
         epsilon=config.rms_epsilon,

@@ -1,4 +1,4 @@
-"""The loader of Llamas that were trained before, and of their tokenizers."""
+"""Loading of pretrained Llamas and their tokenizers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,17 +26,17 @@ from examples.training.trained import Source, load_trained
 
 
 def open_pretrained(source: Path) -> Pretrained:
-    """Finds a run of this program, or a directory in Hugging Face's format.
+    """Open a run of this program or a model in Hugging Face's format.
 
     Raises:
-        InputError: for anything else, or a Llama that differs from the one here.
+        InputError: if the source is neither, or its architecture is not supported.
     """
     if not (source / CHECKPOINTS_NAME).is_dir():
         return open_huggingface(source)
     path = source / CONFIG_NAME
     task = from_json(read_text("from", path), f"from: {path}", LlamaTask).task
     tokenizer = source / TOKENIZER_NAME
-    require(tokenizer.is_file(), f"from: there is no {tokenizer}")
+    require(tokenizer.is_file(), f"from: {tokenizer} does not exist.")
 
     def load_params() -> Params:
         try:
@@ -50,26 +50,26 @@ def open_pretrained(source: Path) -> Pretrained:
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer as it was used in pretraining."""
+    """The tokenizer of a pretrained model."""
 
     tokenizer: Tokenizer
     start_of_document: str
     """The special token before each document."""
     size: int
-    """Tokens that the model knows."""
+    """Vocabulary size of the model."""
 
     @property
     def start(self) -> Any:
-        """The token before each document."""
+        """Id of the token before each document."""
         return self.tokenizer.token_to_id(self.start_of_document)
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Tokenizes texts, each by itself, without special tokens."""
+        """Tokenize each text separately, without special tokens."""
         parts: list[np.ndarray] = []
         with tqdm(total=len(texts), desc="Tokenizing", unit="text", leave=False) as bar:
             for at in range(0, len(texts), DOCUMENTS_AT_ONCE):
                 some = list(texts[at : at + DOCUMENTS_AT_ONCE])
-                # ``encode`` ends each text with this token, and removes it elsewhere.
+                # ``encode`` puts this token only at the end of each text.
                 stream = encode(some, self.tokenizer, self.start_of_document)
                 ends = np.flatnonzero(stream == self.start)
                 parts += [part[:-1] for part in np.split(stream, ends + 1)[:-1]]
@@ -78,25 +78,26 @@ class Vocabulary(NamedTuple):
 
 
 def read_vocabulary(tokenizer: Path, start_of_document: str, size: int) -> Vocabulary:
-    """Reads the tokenizer of a pretrained model.
+    """Read the tokenizer of a pretrained model.
 
     Args:
         tokenizer: the tokenizer.json.
         start_of_document: the special token before each document.
-        size: tokens that the model knows.
+        size: vocabulary size of the model.
 
     Raises:
-        InputError: where it cannot be read, or has more tokens.
+        InputError: if the tokenizer cannot be read, lacks the special token, or has
+            more tokens than the model.
     """
-    require(tokenizer.is_file(), f"from: there is no {tokenizer}")
+    require(tokenizer.is_file(), f"from: {tokenizer} does not exist.")
     loaded = load_tokenizer(str(tokenizer))
     require(
         loaded.token_to_id(start_of_document) is not None,
-        f"from: {tokenizer} has no token {start_of_document!r}",
+        f"from: {tokenizer} has no token {start_of_document!r}.",
     )
     count = text_size(loaded, start_of_document)
     require(
         count <= size,
-        f"from: {tokenizer} has {count} tokens, and the model knows {size}",
+        f"from: {tokenizer} has {count} tokens, but the model's vocab_size is {size}.",
     )
     return Vocabulary(loaded, start_of_document, size)

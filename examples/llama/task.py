@@ -1,4 +1,4 @@
-"""The Llama as a task, and the recipes that it is trained by."""
+"""The Llama task and its training recipes."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -43,13 +43,13 @@ from examples.training.task import (
 
 
 def perplexity(loss: float) -> float:
-    """Returns the exponential of a loss in nats."""
+    """Compute the perplexity of a loss in nats."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
 class LlamaTask(LossAlone):
-    """Predict the next token."""
+    """Next-token prediction with a Llama."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -68,38 +68,38 @@ class LlamaTask(LossAlone):
 
     @property
     def units(self) -> int:
-        """Tokens in a step."""
+        """Tokens per step."""
         return self.data.batch_size * self.data.sequence_length
 
     @property
     def layers(self) -> Mapping[str, int]:
-        """The blocks are stacked."""
+        """The stacked blocks."""
         return {"blocks": self.model.num_layers}
 
     @property
     def divided(self) -> Mapping[str, Mapping[str, int]]:
-        """Sizes that must be divisible by each axis of the mesh."""
+        """Sizes that each mesh axis must divide, by setting."""
         return divided_sizes(self.model)
 
     def describe(self) -> str:
-        """Describes a batch."""
+        """Describe a batch."""
         return f"{self.data.batch_size} x {self.data.sequence_length} tokens"
 
     def default_learning_rate(self, optimizer: str) -> float | None:
-        """Returns the tuned rate of the tiny model, for models that are no wider."""
+        """Return the rate tuned on the tiny model, or None for wider models."""
         if self.model.hidden_size > MODELS["tiny"].hidden_size:
             return None
         return {"adamw": 2e-3, "lion": 5e-4}.get(optimizer)
 
     def init(self, seed: int) -> Params:
-        """Draws the initial weights."""
+        """Draw the initial parameters."""
         return nnx.to_pure_dict(nnx.state(Llama(self.model, nnx.Rngs(seed)), nnx.Param))
 
     def loss(self, params: Params, batch: jax.Array) -> jax.Array:
-        """Computes the mean cross-entropy of the next token.
+        """Compute the mean next-token cross-entropy.
 
         Args:
-            params: the weights.
+            params: the parameters.
             batch: windows of tokens, ``[B, T + 1]``.
 
         Returns:
@@ -114,7 +114,7 @@ class LlamaTask(LossAlone):
         return losses.mean()
 
     def check_source(self, source: Path) -> None:
-        """Checks another run, or a Llama in Hugging Face's format."""
+        """Check that a run or a Llama in Hugging Face's format fits the settings."""
         if (source / CHECKPOINTS_NAME).is_dir():
             require_weights(source, jax.eval_shape(lambda: self.init(0)))
             path = source / CONFIG_NAME
@@ -127,46 +127,46 @@ class LlamaTask(LossAlone):
         require(
             bool(tokenizer) and Path(tokenizer).resolve() == found.tokenizer.resolve(),
             f"from: {source} has its own tokenizer; pass --tokenizer "
-            f"{found.tokenizer} --end-of-document '{found.end_of_document}'",
+            f"{found.tokenizer} --end-of-document '{found.end_of_document}'.",
         )
 
     def start_from(self, source: Path, seed: int) -> Params:
-        """Loads the weights."""
+        """Load the parameters to start from."""
         if (source / CHECKPOINTS_NAME).is_dir():
             return load_params(source, jax.eval_shape(lambda: self.init(0)))
         params = open_huggingface(source).load_params()
-        require("logits" in params, f"from: {source} has no output layer")
+        require("logits" in params, f"from: {source} has no output layer.")
         return params
 
     def load(
         self, seed: int, process: int, processes: int, source: Path | None = None
     ) -> Data:
-        """Loads text files, or a Hugging Face dataset."""
+        """Load text files or a Hugging Face dataset."""
         return load_data(self.data, self.model.vocab_size, seed, process, processes)
 
     def batch_like(self) -> jax.ShapeDtypeStruct:
-        """Returns the shape and dtype of a batch."""
+        """Return the shape and dtype of a batch."""
         shape = self.data.batch_size, self.data.sequence_length + 1
         is_small = self.model.vocab_size <= 2**16
         return jax.ShapeDtypeStruct(shape, np.uint16 if is_small else np.uint32)
 
     def flops(self) -> float:
-        """Counts the operations of a step, as in PaLM."""
+        """Compute the FLOPs of a training step, as in PaLM."""
         length = self.data.sequence_length
         parameters = count_parameters(self)
         return self.units * flops_per_token(self.model, parameters, length)
 
     def show(self, models: LoadModels, data: LoadData, directory: Path) -> list[Path]:
-        """Draws nothing: ``generate`` shows what a model has learned."""
+        """Draw nothing; use ``generate`` to sample from a trained model."""
         return []
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
-        """Sets the unroll factor of the scan over the blocks."""
+        """Return the task with another unroll factor for the scan over the blocks."""
         return replace(self, model=replace(self.model, unroll=layers["blocks"]))
 
 
 def with_model(config: TrainConfig[LlamaTask], name: str) -> TrainConfig[LlamaTask]:
-    """Sets the architecture, and the length of the sequences that goes with it."""
+    """Set the architecture and the sequence length that goes with it."""
     length = {"tiny": 128, "7b": 2048}.get(name, 1024)
     data = replace(config.task.data, sequence_length=length)
     return replace(config, task=LlamaTask(MODELS[name], data))
@@ -210,10 +210,10 @@ EXPERIMENT = Experiment(
     LlamaTask,
     PRESETS,
     "demo: a tiny model on the source of the Python standard library. c-optim: the "
-    "command in the README of the paper's code, also its first version: 60m on C4, "
-    "10 000 steps of 512 x 1024 tokens, b2 0.999, no decay. paper: its Table 1 from "
-    "the second version on: 100m, 50 billion tokens, 2 million a step, b2 0.95, decay "
-    "0.1; for Lion give --b1 0.95 --b2 0.98.",
+    "command in the README of the paper's code, and the recipe of the paper's first "
+    "version: 60m on C4, 10 000 steps of 512 x 1024 tokens, b2 0.999, no weight decay. "
+    "paper: Table 1 of the paper since its second version: 100m, 50 billion tokens, "
+    "2 million per step, b2 0.95, weight decay 0.1; for Lion pass --b1 0.95 --b2 0.98.",
     MODELS,
     with_model,
 )

@@ -1,4 +1,4 @@
-"""The Llama in Hugging Face's format: read from it, and written to it."""
+"""Conversion of Llamas from and to Hugging Face's format."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,18 +15,18 @@ from examples.training.task import Params
 
 
 class Pretrained(NamedTuple):
-    """A model, its tokenizer, and where a document ends."""
+    """A pretrained model, its tokenizer and the tokens that delimit documents."""
 
     model: ModelConfig
     load_params: Callable[[], Params]
-    """Loads the parameters into the host's memory. A model without an output layer has
-    no ``logits``."""
+    """Loads the parameters into host memory; a model without an output layer has no
+    ``logits``."""
     tokenizer: Path
     """The tokenizer.json."""
     start_of_document: str
     """The special token before each document."""
     end_of_document: str
-    """The special token at the end of a document, which may be the same."""
+    """The special token at the end of each document, possibly the same."""
 
 
 BLOCK = {
@@ -40,26 +40,27 @@ BLOCK = {
     "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj",
 }
-"""The names of a block's parameters here, and those of transformers."""
+"""Our names of a block's parameters, mapped to those of transformers."""
 
 
 def weight_name(layer: int, name: str) -> str:
-    """Writes the name of a weight of a block in ``LlamaModel``."""
+    """Format the name of a block's weight in ``LlamaModel``."""
     return f"layers.{layer}.{name}.weight"
 
 
 def to_tensors(params: Params) -> dict[str, np.ndarray]:
-    """Converts parameters to the names and layouts of transformers.
+    """Convert parameters to the names and layouts of transformers.
 
-    Both rotate feature ``i`` of a head with feature ``i + H/2``, so that the features
-    stay in their order.
+    Both implementations pair feature ``i`` of a head with feature ``i + H/2`` in the
+    rotary embedding, so the features keep their order.
 
     Args:
-        params: in the host's memory; kernels are ``[inputs, outputs]``, and those of
-            all blocks are stacked.
+        params: parameters in host memory; kernels are ``[inputs, outputs]``, stacked
+            over the blocks.
 
     Returns:
-        Views of them; weights are ``[outputs, inputs]``, and every block has its own.
+        Views of the parameters by name, separate for each block; weights are
+        ``[outputs, inputs]``.
     """
     tensors = {"model.embed_tokens.weight": params["embedding"]["embedding"]}
     blocks = {here: _weight(params["blocks"], here) for here in BLOCK}
@@ -73,7 +74,7 @@ def to_tensors(params: Params) -> dict[str, np.ndarray]:
 
 
 def _weight(params: Params, name: str) -> Any:
-    """Finds a kernel or the scale of a norm by the names of what holds it."""
+    """Return the kernel of a projection or the scale of a norm by its dotted name."""
     for part in name.split("."):
         params = params[part]
     (weight,) = params.values()
@@ -81,12 +82,12 @@ def _weight(params: Params, name: str) -> Any:
 
 
 def to_config(model: ModelConfig, length: int, end: int) -> dict[str, Any]:
-    """Makes the content of transformers' config.json, but for what the head adds.
+    """Build transformers' config.json, without the entries that depend on the head.
 
     Args:
         model: the architecture.
-        length: tokens in the longest sequence that it was trained on.
-        end: the token that ends a document, and so comes before the next one, too.
+        length: the training sequence length, in tokens.
+        end: the end-of-document token, which therefore also precedes each document.
     """
     return {
         "model_type": "llama",
@@ -110,7 +111,7 @@ def to_config(model: ModelConfig, length: int, end: int) -> dict[str, Any]:
 
 
 def to_tokenizer_config(end_of_document: str, length: int) -> dict[str, Any]:
-    """Makes the content of transformers' tokenizer_config.json."""
+    """Build transformers' tokenizer_config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end_of_document,
@@ -122,15 +123,15 @@ def to_tokenizer_config(end_of_document: str, length: int) -> dict[str, Any]:
 
 
 def to_tokenizer(text: str) -> dict[str, Any]:
-    """Makes the content of transformers' tokenizer.json.
+    """Build transformers' tokenizer.json.
 
     Args:
         text: the tokenizer.json of the run.
 
     Returns:
-        The same without what adds special tokens around a text, as T5's does: there
-        were none around the texts of the training. A text that spells out a special
-        token becomes that token, as everywhere in transformers.
+        The same tokenizer without its post-processor, which may add special tokens to
+        a text, as T5's does: the training texts had none. Text that spells out a
+        special token is encoded as that token, as always in transformers.
     """
     tokenizer: dict[str, Any] = json.loads(text)
     return {**tokenizer, "post_processor": None}
@@ -139,13 +140,13 @@ def to_tokenizer(text: str) -> dict[str, Any]:
 def save_tokenizer(
     text: str, end_of_document: str, length: int, directory: Path
 ) -> None:
-    """Writes a tokenizer and its settings.
+    """Save a tokenizer and its settings.
 
     Args:
-        text: its tokenizer.json.
-        end_of_document: the special token at the end of a document.
-        length: tokens in the longest sequence.
-        directory: where to.
+        text: the tokenizer.json of the run.
+        end_of_document: the special token at the end of each document.
+        length: the training sequence length, in tokens.
+        directory: the directory to write to.
     """
     save_json(to_tokenizer(text), directory / "tokenizer.json")
     config = to_tokenizer_config(end_of_document, length)
@@ -153,10 +154,10 @@ def save_tokenizer(
 
 
 def require_same_model(source: Path, found: ModelConfig, expected: ModelConfig) -> None:
-    """Checks that a model that was trained has the sizes of the settings.
+    """Check that a trained model has the architecture of the settings.
 
     Raises:
-        InputError: which lists the options that are missing.
+        InputError: if it does not; the message lists the options to pass.
     """
     options = [
         f"--{name.replace('_', '-')} {value}"
@@ -165,32 +166,34 @@ def require_same_model(source: Path, found: ModelConfig, expected: ModelConfig) 
     ]
     require(
         not options,
-        f"from: {source} is a model of other sizes; pass {' '.join(options)}",
+        f"from: {source} has another architecture; pass {' '.join(options)}.",
     )
 
 
 def open_huggingface(source: Path) -> Pretrained:
-    """Finds a model in a directory in Hugging Face's format.
+    """Open a model in a directory in Hugging Face's format.
 
     Raises:
-        InputError: for anything else, or a Llama that differs from the one here.
+        InputError: if there is no such model, or its architecture is not supported.
     """
     path = source / "config.json"
     require(
         path.is_file(),
-        f"from: {source} holds neither checkpoints of a run nor a config.json; give "
-        "the directory of a run, or of a Llama in Hugging Face's format",
+        f"from: {source} contains neither checkpoints of a run nor a config.json; pass "
+        "the directory of a run or of a Llama in Hugging Face's format.",
     )
     try:
         config = json.loads(read_text("from", path))
         model = _model(config, path)
         end, start = config["eos_token_id"], config.get("bos_token_id")
-        # Of several tokens that end a text, the first ends a document.
+        # eos_token_id may be a list, as in chat models; the first ends a document.
         end = end[0] if isinstance(end, list) else end
     except InputError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"from: {path} is not that of a Llama ({error!r})") from error
+        raise InputError(
+            f"from: {path} does not describe a Llama ({error!r})."
+        ) from error
 
     def load_params() -> Params:
         params = _from_tensors(load_tensors("from", source), model, source)
@@ -199,22 +202,22 @@ def open_huggingface(source: Path) -> Pretrained:
         return params
 
     tokenizer = source / TOKENIZER_NAME
-    require(tokenizer.is_file(), f"from: there is no {tokenizer}")
+    require(tokenizer.is_file(), f"from: {tokenizer} does not exist.")
     loaded = load_tokenizer(str(tokenizer))
     tokens = []
     for name, token in (("bos", end if start is None else start), ("eos", end)):
         text = loaded.id_to_token(token) if isinstance(token, int) else None
         if text is None:
             raise InputError(
-                f"from: {path} has the {name}_token_id {token}, which is no token of "
-                f"{tokenizer}"
+                f"from: {name}_token_id in {path} is {token}, which is not a token of "
+                f"{tokenizer}."
             )
         tokens.append(text)
     return Pretrained(model, load_params, tokenizer, *tokens)
 
 
 def _model(config: Mapping[str, Any], path: Path) -> ModelConfig:
-    """Converts transformers' config.json to the settings here."""
+    """Convert transformers' config.json to our settings."""
     expected = {
         "model_type": "llama",
         "hidden_act": "silu",
@@ -226,10 +229,11 @@ def _model(config: Mapping[str, Any], path: Path) -> ModelConfig:
     found = {name: config.get(name, value) for name, value in expected.items()}
     require(
         found == expected,
-        f"from: {path} is of a model that differs from the Llama here in "
-        f"{', '.join(name for name in expected if found[name] != expected[name])}",
+        f"from: the model of {path} differs from the supported Llama in "
+        f"{', '.join(name for name in expected if found[name] != expected[name])}.",
     )
-    # transformers wrote rope_theta and rope_scaling before rope_parameters.
+    # Older versions of transformers write rope_theta and rope_scaling instead of
+    # rope_parameters.
     rope = {
         "rope_theta": config.get("rope_theta", 10_000.0),
         **(config.get("rope_scaling") or {}),
@@ -240,7 +244,8 @@ def _model(config: Mapping[str, Any], path: Path) -> ModelConfig:
     rotated = rope.pop("partial_rotary_factor", 1.0)
     require(
         kinds == {"default"} and rotated == 1 and not rope,
-        f"from: {path} scales its rotary frequencies, which the Llama here does not",
+        f"from: the model of {path} scales its rotary frequencies, which is not "
+        "supported.",
     )
     model = ModelConfig(
         vocab_size=config["vocab_size"],
@@ -254,7 +259,7 @@ def _model(config: Mapping[str, Any], path: Path) -> ModelConfig:
     )
     require(
         config.get("head_dim") in (None, model.head_dim),
-        f"from: {path} has a head_dim that is not hidden_size / num_attention_heads",
+        f"from: head_dim in {path} must be hidden_size / num_attention_heads.",
     )
     return model
 
@@ -262,17 +267,18 @@ def _model(config: Mapping[str, Any], path: Path) -> ModelConfig:
 def _from_tensors(
     tensors: Mapping[str, np.ndarray], model: ModelConfig, source: Path
 ) -> Params:
-    """Converts from the names and layouts of transformers: see ``to_tensors``."""
-    # A model without a head has no prefix.
+    """Convert tensors of transformers to parameters; the inverse of ``to_tensors``."""
+    # Checkpoints of a model without a head have no prefix.
     prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
     left = {name: x for name, x in tensors.items() if "rotary_emb" not in name}
 
     def take(name: str, *shape: int) -> np.ndarray:
-        require(name in left, f"from: there is no tensor {name} in {source}")
+        require(name in left, f"from: {source} has no tensor {name}.")
         tensor = left.pop(name)
         require(
             tensor.shape == shape,
-            f"from: the tensor {name} in {source} is {tensor.shape}, and not {shape}",
+            f"from: the tensor {name} in {source} has the shape {tensor.shape}, "
+            f"expected {shape}.",
         )
         return tensor
 
@@ -307,7 +313,6 @@ def _from_tensors(
     left.pop("score.weight", None)  # The head of a classifier.
     require(
         not left,
-        f"from: {source} has tensors that the Llama here does not have: "
-        f"{', '.join(sorted(left)[:3])}",
+        f"from: {source} has unexpected tensors: {', '.join(sorted(left)[:3])}.",
     )
     return params

@@ -1,1 +1,1 @@
-"""Masked autoencoders: vision transformers that learn to fill in hidden patches."""
+"""Masked autoencoders: vision transformers that reconstruct masked patches."""

@@ -1,4 +1,4 @@
-"""The commands of the masked autoencoder: ``python -m examples.mae COMMAND --help``."""
+"""Commands of the masked autoencoder: ``python -m examples.mae COMMAND --help``."""
 
 from collections.abc import Callable
 from typing import Any

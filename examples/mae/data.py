@@ -1,7 +1,7 @@
-"""What a process trains and validates on: glyphs, files, or a Hugging Face dataset.
+"""Training and validation data: glyphs, image files, or a Hugging Face dataset.
 
-Each process gets its rows of every batch, and an iterator over the batches has a state
-from which another goes on exactly where it was.
+Each process gets its rows of every batch. An iterator over the batches can be resumed
+exactly from its state.
 """
 
 import hashlib
@@ -44,28 +44,29 @@ def load_data(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Data:
-    """Loads the data that the configuration names.
+    """Load the configured data.
 
-    The rows of all processes together are the batch. Of glyphs and of files, a batch
-    is the same whatever the number of processes; of a Hugging Face dataset, it is not,
-    as each process reads its own pictures.
+    The rows of all processes together form a batch. Batches of glyphs and files do not
+    depend on the number of processes; batches of a Hugging Face dataset do, because
+    each process reads its own images.
 
     Args:
         config: the configuration.
-        image_size: S, pixels along each side of the pictures.
-        seed: decides the order of the training pictures, what is cut from them, and
-            their masks; below ``2**32``.
-        process_index: which of the processes this is.
-        process_count: how many processes share each batch.
+        image_size: S, pixels along each side of the images.
+        seed: determines the order, augmentation and masks of the training images;
+            below ``2**32``.
+        process_index: index of this process.
+        process_count: number of processes that share each batch.
 
     Returns:
         Batches with ``image``, ``[rows, S, S, 3]`` in uint8, and ``seed``, ``[rows]``
-        in uint32, from which the noise of each picture's mask is drawn; for validation,
-        the same in every run. The fingerprint is of all glyphs or files, and of a
-        Hugging Face dataset, which is never read whole, of the validation pictures.
+        in uint32, from which the noise of each image's mask is drawn. The validation
+        batches are the same in every run. The fingerprint covers all glyphs or files;
+        for a Hugging Face dataset, which is never read completely, it covers the
+        validation images.
 
     Raises:
-        InputError: for pictures that cannot be had, or too few of them.
+        InputError: if the images cannot be loaded, or are too few.
     """
     load = _load_stream if is_streamed(config.data) else _load_corpus
     return load(config, image_size, seed, process_index, process_count)
@@ -73,13 +74,13 @@ def load_data(
 
 @dataclass(frozen=True)
 class _Corpus:
-    """Pictures that can be read in any order, in two parts that share none."""
+    """Images with random access, in disjoint training and validation splits."""
 
     train: grain.MapDataset[Image.Image]
     validation: grain.MapDataset[Image.Image]
     fingerprint: str
     kind: str
-    """What they are, in the plural."""
+    """What the images are, in the plural."""
 
 
 def _load_corpus(
@@ -89,20 +90,20 @@ def _load_corpus(
     process_index: int,
     process_count: int,
 ) -> Data:
-    """Loads glyphs or files."""
+    """Load glyphs or files."""
     corpus = _files(config) if config.data else _glyphs(config, image_size)
     train, validation = len(corpus.train), len(corpus.validation)
     count = config.validation_batches * config.batch_size
     require(
         train >= config.batch_size,
-        f"data: {train} {corpus.kind} to train on, too few for a batch of "
-        f"{config.batch_size}; give more or a smaller --batch-size",
+        f"data: {train} training {corpus.kind} are too few for a batch of "
+        f"{config.batch_size}; provide more data or reduce --batch-size.",
     )
     require(
         validation >= count,
-        f"data: {validation} {corpus.kind} to validate on, too few for "
-        f"{config.validation_batches} batches of {config.batch_size}; give more, a "
-        "larger --validation-fraction or fewer --validation-batches",
+        f"data: {validation} validation {corpus.kind} are too few for "
+        f"{config.validation_batches} batches of {config.batch_size}; provide more "
+        "data, increase --validation-fraction or reduce --validation-batches.",
     )
     own = slice(process_index, None, process_count)
     data = Data(
@@ -112,8 +113,7 @@ def _load_corpus(
     )
     if process_index == 0:
         print(
-            f"Corpus: {train:,} {corpus.kind} to train on and {validation:,} to "
-            "validate on.",
+            f"Corpus: {train:,} training and {validation:,} validation {corpus.kind}.",
             flush=True,
         )
     return data
@@ -126,10 +126,11 @@ def _load_stream(
     process_index: int,
     process_count: int,
 ) -> Data:
-    """Loads a Hugging Face dataset."""
+    """Load a Hugging Face dataset."""
     require(
         config.workers == 0,
-        f"workers is {config.workers}: threads read a Hugging Face dataset; leave it 0",
+        "workers must be 0 for a Hugging Face dataset, which is read by threads, got "
+        f"{config.workers}.",
     )
     train, validation = open_stream(config)
     batches = stream_batches(
@@ -151,15 +152,15 @@ def _load_stream(
         same = config.validation_split == config.train_split
         print(
             f"Corpus: {config.data[0]}, streamed; validation on the first "
-            f"{config.validation_batches * config.batch_size:,} pictures of "
-            f"{config.validation_split}{', which are trained on too' * same}.",
+            f"{config.validation_batches * config.batch_size:,} images of "
+            f"{config.validation_split}{', which are also trained on' * same}.",
             flush=True,
         )
     return data
 
 
 def _glyphs(config: DataConfig, image_size: int) -> _Corpus:
-    """Draws the glyphs of all fonts; a character is on one side in all of them."""
+    """Draw the glyphs of all fonts, and split them by character."""
     glyphs = draw_glyphs(image_size, font_files())
     hashes = {_hash(c.encode()): c for c in glyphs.characters}
     _, validation = split_hashes(hashes, config.validation_fraction)
@@ -172,10 +173,10 @@ def _glyphs(config: DataConfig, image_size: int) -> _Corpus:
 
 
 def _files(config: DataConfig) -> _Corpus:
-    """Finds the pictures that the configuration names, without exact duplicates."""
+    """Find the configured image files, without exact duplicates."""
     require(
         "" not in config.data,
-        "data: '' is no file; leave --data out for the glyphs of fonts",
+        "data: '' is not a file; omit --data to use the glyphs of fonts.",
     )
     found: dict[bytes, Path] = {}  # By the hash of the content.
     paths = list(find_pictures(map(Path, config.data)))
@@ -186,12 +187,13 @@ def _files(config: DataConfig) -> _Corpus:
             found.setdefault(digest, path)
     require(
         bool(found),
-        f"data: no pictures in {' '.join(config.data)}; give --data pictures or "
-        "directories of them",
+        f"data: no images in {' '.join(config.data)}; pass image files or directories "
+        "of images to --data.",
     )
     require(
         len(found) > 1,
-        "data: one picture only, and validation takes whole pictures; give more",
+        "data: only one image, but training and validation need at least one each; "
+        "provide more images.",
     )
     sides = split_hashes(found, config.validation_fraction)
     datasets = [
@@ -199,31 +201,31 @@ def _files(config: DataConfig) -> _Corpus:
         for side in sides
     ]
     fingerprint = _hash(*[_hash(*side) for side in sides]).hex()
-    return _Corpus(datasets[0], datasets[1], fingerprint, "pictures")
+    return _Corpus(datasets[0], datasets[1], fingerprint, "images")
 
 
 def _hash_of_picture(path: Path) -> bytes:
-    """Reads a file, checks that it is a whole picture, and hashes its content."""
+    """Read a file, check that it is a complete image, and hash its content."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"data: cannot read {path} ({error.strerror})") from error
+        raise InputError(f"data: cannot read {path} ({error.strerror}).") from error
     check_picture(content, path)
     return _hash(content)
 
 
 def find_pictures(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yields each file that is named, and those below each directory, in order.
+    """Yield the given files, and the image files below the given directories, in order.
 
-    In a directory, hidden files are left out, and files whose suffix is not that of a
-    picture that Pillow can decode.
+    In a directory, hidden files are skipped, and so are files without the suffix of a
+    format that Pillow can decode.
 
     Raises:
-        InputError: for a path that does not exist.
+        InputError: if a path does not exist.
     """
     known = suffixes()
     for path in paths:
-        require(path.exists(), f"data: there is no {path}")
+        require(path.exists(), f"data: {path} does not exist.")
         if not path.is_dir():
             yield path
             continue
@@ -231,7 +233,7 @@ def find_pictures(paths: Iterable[Path]) -> Iterator[Path]:
         pictures = [file for file in files if file.suffix.lower() in known]
         others = sorted({*files} - {*pictures})
         if others:
-            print(f"Ignored {len(others)} other files: {list_some(others)}.")
+            print(f"Ignored {len(others)} non-image files: {list_some(others)}.")
         yield from pictures
 
 
@@ -242,18 +244,19 @@ def _hash(*parts: bytes) -> bytes:
 def _train_batches(
     corpus: _Corpus, config: DataConfig, image_size: int, seed: int, own: slice
 ) -> grain.IterDataset[Example]:
-    """Makes the training data of a process.
+    """Build the training data of a process.
 
-    Pictures are shuffled anew in each pass over the corpus. What is drawn for a picture
-    depends on the seed and on its place in the endless order only.
+    Images are reshuffled in each epoch. The augmentation and mask of an image depend
+    only on the seed and on its position in the endless sequence.
     """
     dataset = corpus.train.shuffle(seed).repeat()
     dataset = dataset.random_map(_example_of(config, image_size), seed=seed)
-    # Rows p, p + P, ... of what is one batch of one process.
+    # Rows p, p + P, ... of the batch that a single process would read.
     dataset = dataset[own]
-    # Nothing is dropped. Else Grain rounds the endless length up, for one row too far.
+    # Nothing is dropped from an endless dataset, but with drop_remainder=False Grain
+    # would round its length up, one row too far.
     dataset = dataset.batch(config.batch_size // own.step, drop_remainder=True)
-    # All processes together have as many threads as one would.
+    # All workers together use as many threads as a single process would.
     threads = max(1, _THREADS // max(1, config.workers))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     if config.workers:
@@ -270,7 +273,7 @@ def _example_of(config: DataConfig, image_size: int) -> partial[Example]:
 def _validation_batches(
     corpus: _Corpus, config: DataConfig, image_size: int, own: slice
 ) -> Example:
-    """Takes pictures at equal distances from those to validate on."""
+    """Load evenly spaced images of the validation split."""
     seeds = _validation_seeds(config)
     chosen = np.linspace(0, len(corpus.validation) - 1, seeds.size).astype(int)
     chosen = chosen.reshape(seeds.shape)[:, own]
@@ -285,6 +288,6 @@ def _validation_batches(
 
 
 def _validation_seeds(config: DataConfig) -> np.ndarray:
-    """Draws the seeds of the validation masks, the same in every run."""
+    """Draw the seeds of the validation masks, the same in every run."""
     shape = config.validation_batches, config.batch_size
     return np.random.default_rng(0).integers(2**32, size=shape, dtype=np.uint32)

@@ -1,4 +1,4 @@
-"""The figure of reconstructions: originals, visible patches, predictions."""
+"""Figures of reconstructions: originals, visible patches, predictions."""
 
 import textwrap
 from collections.abc import Mapping
@@ -11,26 +11,26 @@ from examples.mae.model import Reconstruction
 from examples.mae.pictures import Example
 
 _COLUMNS = 8
-"""Pictures that stand side by side at most; others follow below."""
+"""Maximum number of images side by side; the others wrap below."""
 _SIDE = 128
-"""Smaller pictures are enlarged to about this many pixels along each side."""
+"""Smaller images are enlarged to about this many pixels along each side."""
 _DPI = 128
-"""A power of two, so that a number of pixels is an exact number of inches."""
+"""A power of two, so that pixels convert to inches exactly."""
 _FONT_SIZE = 9
-"""In points, where a picture is an inch wide."""
+"""In points, for an image that is one inch wide."""
 _FRAME = 204
 _WHITE = 255
 
 
 def choose(validation: Example, count: int) -> Example:
-    """Takes examples at equal distances from all batches.
+    """Select evenly spaced examples from all batches.
 
     Args:
         validation: the batches, ``[batches, B, ...]``.
-        count: how many to take.
+        count: number of examples.
 
     Returns:
-        ``[count, ...]``, or all where there are fewer.
+        ``[count, ...]``, or all examples if there are fewer.
     """
     rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in validation.items()}
     total = len(rows["seed"])
@@ -39,13 +39,13 @@ def choose(validation: Example, count: int) -> Example:
 
 
 def draw(models: Mapping[str, Reconstruction], path: Path) -> None:
-    """Writes a PNG: pictures, below them what was seen, and what each model made of it.
+    """Plot originals, visible patches and each model's reconstructions to a PNG.
 
-    Small pictures are enlarged by a whole factor, without smoothing.
+    Small images are enlarged by an integer factor, without smoothing.
 
     Args:
-        models: what each made of the same pictures and masks, by its name.
-        path: of the file.
+        models: reconstructions of the same images and masks, by model name.
+        path: the PNG file.
     """
     first = next(iter(models.values()))
     rows = {"original": first.original, "what the encoder saw": first.seen}
@@ -77,14 +77,14 @@ def draw(models: Mapping[str, Reconstruction], path: Path) -> None:
 
 
 def _arrange(pictures: np.ndarray, gap: int) -> np.ndarray:
-    """Puts pictures side by side, in a thin frame each.
+    """Tile images side by side, each in a thin frame.
 
     Args:
         pictures: ``[rows, N, S, S, 3]``.
-        gap: pixels between two of them, and below the last.
+        gap: pixels between images, and below each band.
 
     Returns:
-        ``[bands, height, width, 3]``: in each band all rows of some of them.
+        ``[bands, height, width, 3]``; a band holds all rows of up to eight images.
     """
     rows, count, *_ = pictures.shape
     columns = min(count, _COLUMNS)

@@ -1,8 +1,8 @@
-"""The command that writes a trained model in the format of Hugging Face.
+"""The command that exports a trained model in Hugging Face's format.
 
 ``python -m examples.mae export --run-dir DIR --output-dir OUT`` writes a directory from
 which ``transformers`` loads a ``ViTMAEForPreTraining`` and its image processor. The
-latter squeezes what is not square, where the training took the square in the middle.
+processor squeezes images into a square, whereas training crops the centered square.
 """
 
 from collections.abc import Mapping
@@ -25,9 +25,9 @@ from examples.training.task import Params
 from examples.training.trained import Source, load_trained
 
 _BICUBIC = 3
-"""How Pillow calls it."""
+"""Pillow's code for bicubic resampling."""
 
-# The names of modules here, and those of transformers.
+# Names of modules here and in transformers.
 _MODULES = {
     "patches": "vit.embeddings.patch_embeddings.projection",
     "norm": "vit.layernorm",
@@ -49,17 +49,16 @@ _BLOCK = {
 
 
 def to_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
-    """Converts parameters to the names and layouts of transformers.
+    """Convert parameters to the names and layouts of transformers.
 
     Args:
         config: the model.
-        params: in the host's memory; kernels are ``[inputs, outputs]``, and those of
-            all blocks are stacked.
+        params: in host memory; kernels are ``[inputs, outputs]``, stacked over blocks.
 
     Returns:
-        Weights, ``[outputs, inputs]``, of which every block has its own; that of the
-        patches is a convolution's, ``[D, 3, p, p]``. The fixed embeddings of the
-        places are among them.
+        Weights, ``[outputs, inputs]``, separate for each block. The patch projection
+        becomes a convolution, ``[D, 3, p, p]``. The fixed position embeddings are
+        included.
     """
     modules = {there: params[here] for here, there in _MODULES.items()}
     for stack, prefix in _STACKS.items():
@@ -81,7 +80,7 @@ def to_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     for name, module in modules.items():
         weight = module["scale"] if "scale" in module else module["kernel"].T
         tensors |= {f"{name}.weight": weight, f"{name}.bias": module["bias"]}
-    # A patch is its rows of pixels, and a pixel its colours.
+    # A patch is flattened over rows, columns and channels.
     convolution = f"{_MODULES['patches']}.weight"
     shape = -1, config.patch_size, config.patch_size, 3
     tensors[convolution] = tensors[convolution].reshape(shape).transpose(0, 3, 1, 2)
@@ -89,13 +88,13 @@ def to_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
 
 
 def _is_module(path: tuple[str, ...], value: Mapping[str, Any]) -> bool:
-    """Returns whether these are the parameters of a projection or a norm."""
+    """Return whether these are the parameters of a projection or a norm."""
     del path
     return "bias" in value
 
 
 def to_config(model: ModelConfig) -> dict[str, Any]:
-    """Makes the content of transformers' config.json."""
+    """Build the content of transformers' config.json."""
     return {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
@@ -122,7 +121,7 @@ def to_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def to_preprocessor_config(model: ModelConfig) -> dict[str, Any]:
-    """Makes the content of transformers' preprocessor_config.json."""
+    """Build the content of transformers' preprocessor_config.json."""
     mean, deviation = (
         [round(value, 6) for value in values.tolist()]
         for values in (PIXEL_MEAN, PIXEL_STD)
@@ -141,7 +140,7 @@ def to_preprocessor_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def save_model(config: ModelConfig, params: Params, directory: Path) -> None:
-    """Writes a model, and how its pictures are prepared, to a directory."""
+    """Write a model and its preprocessor configuration to a directory."""
     save_tensors(to_tensors(config, params), directory)
     save_json(to_config(config), directory / "config.json")
     prepared = to_preprocessor_config(config)
@@ -149,11 +148,11 @@ def save_model(config: ModelConfig, params: Params, directory: Path) -> None:
 
 
 def export(source: Source, output_dir: Path) -> None:
-    """Write a model in the format of Hugging Face, as a ViTMAEForPreTraining.
+    """Export a trained model in Hugging Face's format, as a ViTMAEForPreTraining.
 
     Args:
-        source: where the parameters come from.
-        output_dir: where the files go; a new directory, or an empty one.
+        source: the checkpoint to export.
+        output_dir: the directory to write to, new or empty.
     """
     require_empty(output_dir)
     config, step, params = load_trained(source, MAETask)

@@ -1,4 +1,4 @@
-"""Pictures without a download: the glyphs of all fonts that matplotlib ships."""
+"""Images without a download: glyphs of the fonts that ship with matplotlib."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,38 +11,38 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 _MARGIN = 1
-"""Pixels that stay white on each side of a large glyph."""
+"""White pixels on each side of a large glyph."""
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """Different glyphs, black on white."""
+    """Distinct glyphs, black on white."""
 
     images: np.ndarray
     """``[glyphs, size, size]``, uint8."""
     characters: list[str]
-    """The character that each of them shows."""
+    """The character of each glyph."""
 
 
 def font_files() -> list[Path]:
-    """Lists the font files of matplotlib, of all families and styles."""
+    """List the font files of matplotlib, of all families and styles."""
     fonts = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf")
-    # This one has a placeholder for every character there is.
+    # LastResort has a placeholder for every Unicode character.
     return sorted(font for font in fonts if not font.name.startswith("LastResort"))
 
 
 def draw_glyphs(size: int, fonts: Iterable[Path]) -> Glyphs:
-    """Draws every character that each font has.
+    """Render every character of each font.
 
-    A glyph has the size of its font, unless it has to be smaller to be seen whole, and
-    is in the middle of its picture. One without ink is left out, and so is one that
-    looks the same as another before it, be it of another character or font.
+    Glyphs are centered, and shrunk if they do not fit into the image at the font's
+    size. Blank glyphs are skipped, and so are duplicates of an earlier glyph, even of
+    another character or font.
 
     Args:
-        size: pixels along each side of a picture.
+        size: pixels along each side of an image; also the font size.
         fonts: TrueType files.
     """
-    found: dict[bytes, str] = {}  # The character by the pixels.
+    found: dict[bytes, str] = {}  # Characters by pixels.
     for path in tqdm(list(fonts), "Drawing glyphs", unit="font", leave=False):
         font = ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
         for code in sorted(FT2Font(str(path)).get_charmap()):
@@ -54,7 +54,7 @@ def draw_glyphs(size: int, fonts: Iterable[Path]) -> Glyphs:
 
 
 def _draw(character: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image:
-    """Draws a character in the middle of a picture of shades of grey."""
+    """Render a character in the center of a greyscale image."""
     room = max(1, size - 2 * _MARGIN)
     left, top, right, bottom = font.getbbox(character)
     while (longest := max(right - left, bottom - top)) > room and font.size > 1:

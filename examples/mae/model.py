@@ -1,8 +1,8 @@
 """The masked autoencoder of He et al. (arXiv:2111.06377), in Flax NNX.
 
-Shapes are written with B pictures of S x S pixels, cut into L patches of P numbers, of
-which the encoder sees V. A residual stream has T tokens of D features; attention has N
-heads of H features, and the feed-forward layer F features.
+Shapes: B images of S x S pixels are split into L patches of P values, V of which are
+visible to the encoder. A residual stream has T tokens of D features; attention has N
+heads of H features, and the feed-forward layer F hidden features.
 """
 
 from functools import partial
@@ -27,9 +27,9 @@ LAYER_NORM_EPSILON = 1e-12
 PIXEL_EPSILON = 1e-6
 PIXEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 PIXEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
-"""Mean and standard deviation of ImageNet's colour channels, pixels in [0, 1]."""
+"""Mean and standard deviation of ImageNet's colour channels, for pixels in [0, 1]."""
 _HIDDEN = 128
-"""The grey of hidden patches."""
+"""Grey level of masked patches."""
 
 _linear = partial(
     linear, kernel_init=nnx.initializers.xavier_uniform(), use_bias=True, axes=None
@@ -38,37 +38,36 @@ _token_init = nnx.initializers.normal(0.02)
 
 
 class Mask(NamedTuple):
-    """Which patches of each picture the encoder sees, and where they belong."""
+    """The visible and masked patches of each image."""
 
     visible: jax.Array
-    """Positions of the patches that it sees, ``[B, V]``, integers."""
+    """Indices of the visible patches, ``[B, V]``, integers."""
     restore: jax.Array
-    """``[B, L]``, integers: of each patch, its place in a row of the visible patches
-    and, behind them, the masked ones."""
+    """Index of each patch in the sequence of visible patches followed by masked ones,
+    ``[B, L]``, integers."""
     masked: jax.Array
-    """``[B, L]``, booleans: whether a patch is hidden."""
+    """Whether each patch is masked, ``[B, L]``, booleans."""
 
 
 class Reconstruction(NamedTuple):
-    """Three pictures of each, to be shown side by side; all ``[B, S, S, 3]``, uint8."""
+    """Original, masked and reconstructed images, each ``[B, S, S, 3]``, uint8."""
 
     original: jax.Array
     seen: jax.Array
-    """What the encoder saw; the rest is grey."""
+    """The visible patches; masked ones are grey."""
     filled: jax.Array
-    """The same, with the model's prediction in place of the grey."""
+    """The visible patches, and predictions of the masked ones."""
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-    """Cuts pictures into patches, row by row.
+    """Split images into patches, row by row.
 
     Args:
         images: ``[B, S, S, C]``.
         patch_size: pixels along each side of a patch.
 
     Returns:
-        ``[B, L, P]`` of the same dtype; a patch is its pixels row by row, and a pixel
-        its C colours.
+        ``[B, L, P]`` of the same dtype, where P runs over rows, columns and channels.
     """
     batch, size, _, colours = images.shape
     grid = size // patch_size
@@ -77,7 +76,7 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
 
 
 def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:
-    """Puts ``[B, L, P]`` together again to ``[B, S, S, C]``."""
+    """Reassemble patches, ``[B, L, P]``, into images, ``[B, S, S, C]``."""
     batch, count, _ = patches.shape
     grid = round(count**0.5)
     x = patches.reshape(batch, grid, grid, patch_size, patch_size, -1)
@@ -85,12 +84,12 @@ def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:
 
 
 def normalize(images: jax.Array) -> jax.Array:
-    """Turns ``[..., 3]`` uint8 to float32 with the mean and deviation of ImageNet."""
+    """Convert uint8 ``[..., 3]`` to float32, normalized with ImageNet's statistics."""
     return (images.astype(jnp.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
 
 
 def mask_noise(seeds: jax.Array, patches: int) -> jax.Array:
-    """Draws the noise that decides each picture's mask, from the picture's own seed.
+    """Draw the noise that determines each image's mask, from the image's own seed.
 
     Args:
         seeds: ``[B]``, uint32.
@@ -107,17 +106,22 @@ def mask_noise(seeds: jax.Array, patches: int) -> jax.Array:
 
 
 def random_mask(noise: jax.Array, visible: int) -> Mask:
-    """Keeps the ``visible`` patches with the smallest noise, ``[B, L]``."""
+    """Build the mask that keeps the patches with the smallest noise visible.
+
+    Args:
+        noise: ``[B, L]``, as drawn by ``mask_noise``.
+        visible: V.
+    """
     order = jnp.argsort(noise, axis=1)
     restore = jnp.argsort(order, axis=1)
     return Mask(order[:, :visible], restore, restore >= visible)
 
 
 def positions(grid: int, features: int) -> np.ndarray:
-    """Computes the sine-cosine position embeddings of a grid.
+    """Compute the sine-cosine position embeddings of a grid.
 
-    The first half of the features tells the column, and the second half the row: each
-    is the sines, then the cosines, of the coordinate times ``10000 ** (-4 i / D)``.
+    The first half of the features encodes the column, the second half the row. Each
+    holds the sines, then the cosines, of the coordinate times ``10000 ** (-4 i / D)``.
 
     Args:
         grid: patches along each side.
@@ -136,10 +140,10 @@ def positions(grid: int, features: int) -> np.ndarray:
 
 
 class Attention(nnx.Module):
-    """Self-attention in which every token sees all."""
+    """Bidirectional self-attention."""
 
     def __init__(self, size: int, heads: int, dtype: str, rngs: nnx.Rngs):
-        """Makes the four projections, each with a bias."""
+        """Create the four projections, each with a bias."""
         project = partial(_linear, size, size, dtype=dtype, rngs=rngs)
         self.query = project(axes=INTO)
         self.key = project(axes=INTO)
@@ -148,7 +152,7 @@ class Attention(nnx.Module):
         self.num_heads = heads
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[B, T, D]`` to ``[B, T, D]``."""
+        """Map ``[B, T, D]`` to ``[B, T, D]``."""
         batch, length, _ = x.shape
 
         def heads(projection: nnx.Linear) -> jax.Array:
@@ -166,50 +170,50 @@ class FeedForward(nnx.Module):
     """``down(gelu(up(x)))``."""
 
     def __init__(self, size: int, inner: int, dtype: str, rngs: nnx.Rngs):
-        """Makes the two projections, each with a bias."""
+        """Create the two projections, each with a bias."""
         self.up = _linear(size, inner, dtype=dtype, rngs=rngs, axes=INTO)
         self.down = _linear(inner, size, dtype=dtype, rngs=rngs, axes=BACK)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[B, T, D]`` to ``[B, T, D]`` through ``[B, T, F]``."""
+        """Map ``[B, T, D]`` to ``[B, T, D]`` through ``[B, T, F]``."""
         inner = jax.nn.gelu(self.up(x), approximate=False)
         return self.down(constrain(inner, BATCH, None, "tensor"))
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each on a normalized residual stream."""
+    """A pre-norm transformer block: attention and feed-forward."""
 
     def __init__(self, size: int, heads: int, inner: int, dtype: str, rngs: nnx.Rngs):
-        """Makes the two sublayers and the norm in front of each."""
+        """Create the two sublayers and their norms."""
         self.attention_norm = _layer_norm(size, dtype, rngs)
         self.attention = Attention(size, heads, dtype, rngs)
         self.feed_forward_norm = _layer_norm(size, dtype, rngs)
         self.feed_forward = FeedForward(size, inner, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[B, T, D]`` to ``[B, T, D]``."""
+        """Map ``[B, T, D]`` to ``[B, T, D]``."""
         x = constrain(x + self.attention(self.attention_norm(x)), BATCH, None, None)
         x = x + self.feed_forward(self.feed_forward_norm(x))
         return constrain(x, BATCH, None, None)
 
 
 class MaskedAutoencoder(nnx.Module):
-    """An encoder of the visible patches, and a light decoder of all.
+    """An encoder of the visible patches and a lightweight decoder of all patches.
 
-    The parameters of the encoder's blocks are stacked along a leading axis, over which
-    a scan runs, so that a block is compiled once however many there are. So are those
-    of the decoder's blocks.
+    The parameters of the encoder's blocks are stacked along a leading axis and scanned
+    over, so that the block is compiled once regardless of depth. The same holds for the
+    decoder's blocks.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Draws kernels from Glorot's uniform distribution; biases are zero."""
+        """Initialize kernels with Glorot uniform and biases with zeros."""
         dtype, size, small = (
             config.dtype,
             config.hidden_size,
             config.decoder_hidden_size,
         )
-        # What enters a residual stream is float32, as the gradients of a token that
-        # stands in many places are many to add up.
+        # Embeddings are float32: the gradient of a token that is broadcast to many
+        # positions is a sum of many terms.
         enter = partial(_linear, dtype=dtype, output_dtype=jnp.float32, rngs=rngs)
         self.patches = enter(config.patch_features, size)
         self.cls = nnx.Param(_token_init(rngs.params(), (size,)))
@@ -231,11 +235,11 @@ class MaskedAutoencoder(nnx.Module):
         self.config = config
 
     def __call__(self, images: jax.Array, noise: jax.Array) -> jax.Array:
-        """Computes the loss: the mean squared error over the masked patches.
+        """Compute the loss: the mean squared error over masked patches.
 
         Args:
             images: ``[B, S, S, 3]``, uint8.
-            noise: decides the masks, ``[B, L]``, as ``mask_noise`` draws it.
+            noise: determines the masks, ``[B, L]``, as drawn by ``mask_noise``.
 
         Returns:
             A float32 scalar.
@@ -251,23 +255,23 @@ class MaskedAutoencoder(nnx.Module):
         return errors.mean(where=mask.masked)
 
     def predict(self, patches: jax.Array, mask: Mask) -> jax.Array:
-        """Predicts every patch from the visible ones.
+        """Predict all patches from the visible ones.
 
         Args:
-            patches: ``[B, L, P]``, float32, of normalized pictures.
-            mask: which of them the encoder sees.
+            patches: ``[B, L, P]``, float32, of normalized images.
+            mask: which patches are visible.
 
         Returns:
-            Pixels, or normalized ones, ``[B, L, P]``, float32; those of visible
-            patches mean nothing.
+            Pixels, or normalized pixels, ``[B, L, P]``, float32; predictions for
+            visible patches are meaningless.
         """
         return self.decode(self.encode(patches, mask), mask)
 
     def encode(self, patches: jax.Array, mask: Mask) -> jax.Array:
-        """Encodes the visible patches of ``[B, L, P]``, the class token before them.
+        """Encode the class token and the visible patches of ``[B, L, P]``.
 
         Returns:
-            ``[B, 1 + V, D]``, in the type computed in, normalized.
+            ``[B, 1 + V, D]``, normalized, in the compute dtype.
         """
         config = self.config
         places = jnp.asarray(_positions(config, config.hidden_size))
@@ -278,7 +282,7 @@ class MaskedAutoencoder(nnx.Module):
         return self.norm(_run(self.encoder, x, config.remat, config.unroll))
 
     def decode(self, encoded: jax.Array, mask: Mask) -> jax.Array:
-        """Predicts all patches from ``[B, 1 + V, D]``.
+        """Predict all patches from encoded tokens, ``[B, 1 + V, D]``.
 
         Returns:
             ``[B, L, P]``, float32.
@@ -297,14 +301,14 @@ class MaskedAutoencoder(nnx.Module):
         return self.prediction(self.decoder_norm(y[:, 1:]))
 
     def reconstruct(self, images: jax.Array, noise: jax.Array) -> Reconstruction:
-        """Reconstructs pictures from their visible patches.
+        """Reconstruct images from their visible patches.
 
-        Where it predicts normalized pixels, the mean and the deviation of each patch
-        are the true ones, which it was not asked for.
+        If the model predicts normalized pixels, they are denormalized with the true
+        mean and standard deviation of each patch, which the model does not predict.
 
         Args:
             images: ``[B, S, S, 3]``, uint8.
-            noise: decides the masks, ``[B, L]``.
+            noise: determines the masks, ``[B, L]``.
         """
         config = self.config
         mask = random_mask(noise, config.visible)
@@ -325,15 +329,15 @@ class MaskedAutoencoder(nnx.Module):
 
 
 def make_graphdef(config: ModelConfig) -> nnx.GraphDef[MaskedAutoencoder]:
-    """Makes the model without its parameters."""
+    """Build the graph definition of the model, without parameters."""
     return nnx.graphdef(nnx.eval_shape(lambda: MaskedAutoencoder(config, nnx.Rngs(0))))
 
 
 def flops_per_image(config: ModelConfig) -> int:
-    """Counts the operations of a training step for each picture.
+    """Count the FLOPs of a training step per image.
 
-    A multiplication and its addition are two, and the backward pass has twice as many
-    as the forward one. What is computed again for remat does not count.
+    A multiply-add counts as two, and the backward pass takes twice as many as the
+    forward pass. Recomputation for remat does not count.
     """
     seen, all_tokens = config.visible + 1, config.patches + 1
     size, small = config.hidden_size, config.decoder_hidden_size
@@ -359,18 +363,18 @@ def flops_per_image(config: ModelConfig) -> int:
 def _make_blocks(
     layers: int, arguments: tuple[int, int, int, str], rngs: nnx.Rngs
 ) -> Block:
-    """Makes blocks whose parameters are stacked along a leading axis."""
+    """Create blocks whose parameters are stacked along a leading axis."""
     return nnx.vmap(partial(Block, *arguments), axis_size=layers)(rngs.split(layers))
 
 
 def _run(blocks: Block, x: jax.Array, remat: bool, unroll: int) -> jax.Array:
-    """Runs stacked blocks, one after the other, on ``[B, T, D]``."""
+    """Run stacked blocks in sequence on ``[B, T, D]``."""
     graphdef, layers = nnx.split(blocks)
 
     def run_block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         return nnx.merge(graphdef, layer)(x), None
 
-    # In a scan nothing merges the two computations of a block anyway.
+    # prevent_cse is unnecessary inside a scan.
     policy = None if remat else all_but_gathered
     run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
     x, _ = jax.lax.scan(run_block, x, layers, unroll=unroll)
@@ -382,19 +386,19 @@ def _positions(config: ModelConfig, features: int) -> np.ndarray:
 
 
 def _moments(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes the mean of each patch, ``[B, L, 1]``, and its standard deviation."""
+    """Compute the mean and standard deviation of each patch, ``[B, L, 1]``."""
     mean = patches.mean(-1, keepdims=True)
     variance = patches.var(-1, ddof=1, keepdims=True)
     return mean, jnp.sqrt(variance + PIXEL_EPSILON)
 
 
 def _layer_norm(size: int, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Norm over the features."""
+    """Create a layer norm over the features."""
     return nnx.LayerNorm(
         size,
         epsilon=LAYER_NORM_EPSILON,
         dtype=jnp.dtype(dtype),
-        # The difference of two large numbers would drown so small an epsilon.
+        # E[x^2] - E[x]^2 has rounding errors far larger than this epsilon.
         use_fast_variance=False,
         rngs=rngs,
     )

@@ -1,4 +1,4 @@
-"""Pictures of any kind that Pillow opens, made square, of one size and in colours."""
+"""Decoding of images in any format of Pillow, and cropping to RGB squares."""
 
 import io
 import math
@@ -10,22 +10,22 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from examples.training.checks import InputError, reason
 
 Example = dict[str, np.ndarray]
-"""A picture and the seed of its mask, by the names ``image`` and ``seed``; or a batch
+"""An image and the seed of its mask, under the keys ``image`` and ``seed``; or a batch
 of them."""
 
 _RATIO = math.log(4 / 3)
-"""The sides of a random part are at most as 4 to 3, in logarithm."""
+"""Logarithm of the largest aspect ratio of a random crop, 4:3."""
 _TRIES = 10
 
 
 def suffixes() -> frozenset[str]:
-    """Returns the suffixes of the files that Pillow can decode, with the dot."""
-    kinds = Image.registered_extensions()  # Reading it imports what opens them.
+    """Return the suffixes, with the dot, of the formats that Pillow can decode."""
+    kinds = Image.registered_extensions()  # This imports all plugins.
     return frozenset(suffix for suffix, kind in kinds.items() if _decodes(kind))
 
 
 def _decodes(kind: str) -> bool:
-    """Returns whether Pillow decodes a format, and does not only identify it."""
+    """Return whether Pillow can decode a format rather than only identify it."""
     if kind not in Image.OPEN or Image.MIME.get(kind, "").startswith("video/"):
         return False
     opens, _ = Image.OPEN[kind]
@@ -33,39 +33,39 @@ def _decodes(kind: str) -> bool:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Reads a file as ``to_colours`` does.
+    """Read an image file and convert it with ``to_colours``.
 
     Raises:
-        InputError: for one that is no picture, or not a whole one.
+        InputError: if the file is not an image, or is truncated.
     """
     try:
         with Image.open(path) as image:
             return to_colours(image)
-    except Exception as error:  # What opens the many formats raises many kinds.
-        raise InputError(f"data: cannot read {path} ({reason(error)})") from error
+    except Exception as error:  # Pillow's plugins raise errors of many types.
+        raise InputError(f"data: cannot read {path} ({reason(error)}).") from error
 
 
 def check_picture(content: bytes, path: Path) -> None:
-    """Raises an ``InputError`` that names the file unless it is a whole picture."""
+    """Raise an ``InputError`` naming the file unless it is a complete image."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            # A JPEG is decoded at an eighth of its size, which is faster.
+            # Decode a JPEG at an eighth of its size, which is faster.
             image.draft(None, (1, 1))
             to_colours(image)
     except UnidentifiedImageError as error:
-        raise InputError(f"data: cannot read {path} (not a picture)") from error
-    except Exception as error:  # What opens the many formats raises many kinds.
-        raise InputError(f"data: cannot read {path} ({reason(error)})") from error
+        raise InputError(f"data: cannot read {path} (not an image).") from error
+    except Exception as error:  # Pillow's plugins raise errors of many types.
+        raise InputError(f"data: cannot read {path} ({reason(error)}).") from error
 
 
 def to_colours(image: Image.Image) -> Image.Image:
-    """Turns a picture the right way up, and its pixels to red, green and blue.
+    """Apply an image's EXIF orientation and convert it to RGB.
 
-    What is transparent is white. Numbers of 16 bits lose the lower 8. Of an animation,
-    the first picture is taken.
+    Transparency is blended with white. 16-bit values lose their lower 8 bits. Only the
+    first frame of an animation is used.
 
     Raises:
-        ValueError: for pixels of which nothing says what is black and what white.
+        ValueError: for floating-point pixels, whose black and white are unknown.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -81,11 +81,11 @@ def to_colours(image: Image.Image) -> Image.Image:
 
 
 def prepare(image: Image.Image, size: int) -> np.ndarray:
-    """Takes the largest square in the middle.
+    """Crop the largest centered square of an image and resize it.
 
     Args:
-        image: of any mode that converts to colours.
-        size: pixels along each side of what is returned.
+        image: in any mode that converts to RGB.
+        size: pixels along each side of the result.
 
     Returns:
         ``[size, size, 3]``, uint8.
@@ -100,15 +100,15 @@ def augment(
     flip: bool,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Takes a random part, which may be mirrored.
+    """Take a random crop of an image, resize it, and flip it at random.
 
     Args:
-        image: of any mode that converts to colours.
-        size: pixels along each side of what is returned.
-        crop_min: least share of the area that the part may have; None for the square
-            that ``prepare`` takes.
-        flip: mirrors every other picture.
-        rng: decides both.
+        image: in any mode that converts to RGB.
+        size: pixels along each side of the result.
+        crop_min: smallest fraction of the area that a crop may cover; None for the
+            crop of ``prepare``.
+        flip: whether to flip horizontally with probability 0.5.
+        rng: draws the crop and the flip.
 
     Returns:
         ``[size, size, 3]``, uint8.
@@ -127,19 +127,19 @@ def make_example(
     crop_min: float | None,
     flip: bool,
 ) -> Example:
-    """Makes one row of a training batch.
+    """Build one row of a training batch.
 
     Args:
-        image: of any mode that converts to colours.
-        rng: decides the seed, and what ``augment`` draws.
-        size: pixels along each side of what is returned.
+        image: in any mode that converts to RGB.
+        rng: draws the seed and the augmentation.
+        size: pixels along each side of the result.
         crop_min: as in ``augment``.
-        flip: likewise.
+        flip: as in ``augment``.
 
     Returns:
         ``image``, ``[size, size, 3]`` in uint8, and ``seed``, ``[]`` in uint32.
     """
-    # The seed is drawn first, so that masks are the same with any augmentation.
+    # Draw the seed first, so that masks do not depend on the augmentation.
     seed = rng.integers(2**32, size=(), dtype=np.uint32)
     return {"image": augment(image, size, crop_min, flip, rng), "seed": seed}
 
@@ -148,13 +148,13 @@ _Box = tuple[float, float, float, float]
 
 
 def _resize(image: Image.Image, size: int, box: _Box) -> np.ndarray:
-    """Scales a part of a picture to a square, ``[size, size, 3]``."""
+    """Resize a box of an image to a square, ``[size, size, 3]``."""
     image = image.convert("RGB")
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
 
 
 def _square(width: int, height: int) -> _Box:
-    """Finds the largest square in the middle."""
+    """Compute the box of the largest centered square."""
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
@@ -163,9 +163,9 @@ def _square(width: int, height: int) -> _Box:
 def _random_box(
     width: int, height: int, crop_min: float, rng: np.random.Generator
 ) -> _Box:
-    """Draws a random crop: area and aspect ratio first, then the position.
+    """Draw a random crop: area and aspect ratio first, then the position.
 
-    Where ten such draws do not fit into the picture, it is the square in the middle.
+    If none of ten draws fits into the image, return the largest centered square.
     """
     for _ in range(_TRIES):
         area = rng.uniform(crop_min, 1) * width * height

@@ -1,7 +1,7 @@
 """The command that draws a trained model's reconstructions.
 
-``python -m examples.mae reconstruct --run-dir DIR`` draws pictures that the run in DIR
-was validated on. ``--help`` lists all options.
+``python -m examples.mae reconstruct --run-dir DIR`` draws validation images of the run
+in DIR. ``--help`` lists all options.
 """
 
 from pathlib import Path
@@ -19,34 +19,34 @@ _MOST = 64
 def reconstruct(
     source: Source, output: Path = Path("reconstructions.png"), pictures: int = 8
 ) -> None:
-    """Draw validation pictures, their visible patches, and the model's reconstruction.
+    """Draw validation images, their visible patches, and the model's reconstructions.
 
-    Where it predicts normalized pixels, each patch is drawn with the mean and the
-    deviation of the original.
+    If the model predicts normalized pixels, each patch is drawn with the mean and
+    standard deviation of the original.
 
     Args:
-        source: where the parameters come from.
-        output: the PNG to write.
-        pictures: how many to draw, of those that the run was validated on.
+        source: the checkpoint to draw with.
+        output: PNG file to write.
+        pictures: number of validation images to draw.
     """
     require(
         1 <= pictures <= _MOST,
-        f"pictures is {pictures}: it has to be at least 1 and at most {_MOST}",
+        f"pictures must lie in [1, {_MOST}], got {pictures}.",
     )
-    require(
-        output.suffix == ".png", f"output: {output} is no PNG; name a file with .png"
-    )
+    require(output.suffix == ".png", f"output must be a .png file, got {output}.")
     config, step, params = load_trained(source, MAETask)
     make_directory("output", output.parent)
     data = load_run_data(config)
     require(
         read_text("run_dir", source.run_dir / DATA_NAME).strip() == data.fingerprint,
-        f"data: the pictures have changed since the run in {source.run_dir} began",
+        f"data: the images have changed since the run in {source.run_dir} started.",
     )
     examples = choose(data.validation, pictures)
     drawn = len(examples["seed"])
     try:
         draw({"reconstruction": config.task.reconstruct(params, examples)}, output)
     except OSError as error:
-        raise InputError(f"output: cannot write {output} ({error.strerror})") from error
-    print(f"Drew {drawn} pictures with the model of step {step} to {output}.")
+        raise InputError(
+            f"output: cannot write {output} ({error.strerror})."
+        ) from error
+    print(f"Drew {drawn} images with the model of step {step} to {output}.")

@@ -1,7 +1,7 @@
-"""Pictures of a Hugging Face dataset, streamed.
+"""Images streamed from a Hugging Face dataset.
 
-Each process reads its own pictures, and shuffles them, still as small as in their
-files, among the next. Threads decode them.
+Each process reads its own images and shuffles them within a window, still compressed.
+Threads decode them afterwards.
 """
 
 import os
@@ -30,14 +30,14 @@ from examples.training.huggingface import (
 
 
 def open_stream(config: DataConfig) -> tuple[Any, Any]:
-    """Opens the dataset that the configuration names.
+    """Open the configured dataset.
 
     Returns:
-        The split to train on and the split to validate on, each a
-        ``datasets.IterableDataset`` whose pictures are not decoded.
+        The training split and the validation split, each a
+        ``datasets.IterableDataset`` whose images are not decoded.
 
     Raises:
-        InputError: for a dataset that cannot be had, or without such pictures.
+        InputError: if the dataset cannot be loaded, or lacks a split or the images.
     """
     train, validation = open_splits(
         config.data,
@@ -45,7 +45,7 @@ def open_stream(config: DataConfig) -> tuple[Any, Any]:
             "train_split": config.train_split,
             "validation_split": config.validation_split,
         },
-        Column("image_column", config.image_column, "pictures", _is_picture),
+        Column("image_column", config.image_column, "images", _is_picture),
     )
     return _encoded(train, config), _encoded(validation, config)
 
@@ -58,22 +58,21 @@ def stream_batches(
     process_index: int,
     process_count: int,
 ) -> grain.IterDataset[Example]:
-    """Makes the training data of a process from a streamed dataset.
+    """Build the training data of a process from a streamed dataset.
 
-    To go on from a state, the ``shuffle_images`` pictures among which the next is drawn
-    are read again.
+    Resuming from a state reads the current window of ``shuffle_images`` images again.
 
     Args:
         dataset: a ``datasets.IterableDataset``.
-        example: makes a row of a batch.
+        example: builds a row of a batch.
         config: the configuration.
-        seed: decides the order within the ``shuffle_images`` pictures, and what is
-            drawn for each.
-        process_index: which of the processes this is.
-        process_count: how many processes share each batch.
+        seed: determines the order within each window, and the augmentation and mask of
+            each image.
+        process_index: index of this process.
+        process_count: number of processes that share each batch.
 
     Returns:
-        This process's rows of each batch, without end.
+        An endless dataset of this process's rows of each batch.
     """
     own = own_share(dataset, config.data[0], process_index, process_count)
     own_seed = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
@@ -81,7 +80,7 @@ def stream_batches(
     pictures = grain.experimental.WindowShuffleIterDataset(
         Rows(own, partial(_value, name=config.image_column)),
         window_size=config.shuffle_images,
-        # The number of the shuffle is added to it, and the sum has to fit 32 bits.
+        # Grain adds the index of the window, and the sum must fit into 32 bits.
         seed=own_seed % 2**31,
     )
     batches = (
@@ -89,12 +88,12 @@ def stream_batches(
         .batch(rows, batch_fn=list)
         .map(partial(_make_batch, example=example))
     )
-    # A shuffle begins when all its pictures are there: read them during the last.
+    # Shuffling waits for a full window: read the next one during the current one.
     return Prefetch(batches, max(2, config.shuffle_images // rows))
 
 
 def first_pictures(dataset: Any, config: DataConfig, image_size: int) -> np.ndarray:
-    """Takes the first pictures of a streamed dataset, to validate on.
+    """Load the first images of a streamed dataset, for validation.
 
     Returns:
         ``[validation_batches, batch_size, S, S, 3]``, uint8.
@@ -106,19 +105,19 @@ def first_pictures(dataset: Any, config: DataConfig, image_size: int) -> np.ndar
     )
     images = [
         prepare(_decode(value), image_size)
-        for value in tqdm(values, "Reading", count, unit="picture", leave=False)
+        for value in tqdm(values, "Reading", count, unit="image", leave=False)
     ]
     require(
         len(images) == count,
-        f"validation_split: {config.validation_split!r} has {len(images)} pictures, "
-        f"too few for {shape[0]} batches of {shape[1]}; pass fewer "
-        "--validation-batches",
+        f"validation_split: {config.validation_split!r} has {len(images)} images, "
+        f"too few for {shape[0]} batches of {shape[1]}; reduce "
+        "--validation-batches.",
     )
     return np.stack(images).reshape(*shape, image_size, image_size, 3)
 
 
 def _is_picture(value: Any) -> bool:
-    """Tells whether the value of a row is a picture, decoded or not."""
+    """Return whether the value of a row is an image, decoded or not."""
     return isinstance(value, Image.Image | bytes) or (
         isinstance(value, dict) and {"bytes", "path"} <= value.keys()
     )
@@ -129,7 +128,7 @@ def _value(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _encoded(dataset: Any, config: DataConfig) -> Any:
-    """Turns off the decoding of a dataset's pictures."""
+    """Disable the decoding of a dataset's images."""
     import datasets
 
     name = config.image_column
@@ -139,7 +138,7 @@ def _encoded(dataset: Any, config: DataConfig) -> Any:
 
 
 def _decode(value: Any) -> Image.Image:
-    """Decodes a picture of a dataset."""
+    """Decode an image of a dataset."""
     import datasets
 
     try:
@@ -148,9 +147,9 @@ def _decode(value: Any) -> Image.Image:
         if isinstance(value, dict):
             value = datasets.Image().decode_example(value)
         return to_colours(value)
-    except Exception as error:  # What opens the many formats raises many kinds.
+    except Exception as error:  # Pillow's plugins raise errors of many types.
         raise InputError(
-            f"data: cannot read a picture of the dataset ({reason(error)})"
+            f"data: cannot read an image of the dataset ({reason(error)})."
         ) from error
 
 
@@ -162,7 +161,7 @@ def _make_batch(
     rows: Sequence[tuple[Any, int]],
     example: Callable[[Image.Image, np.random.Generator], Example],
 ) -> Example:
-    """Makes a batch of pictures, each with the seed of what is drawn for it."""
+    """Build a batch from rows of an encoded image and its random seed."""
 
     def make(row: tuple[Any, int]) -> Example:
         value, seed = row

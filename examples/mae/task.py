@@ -1,4 +1,4 @@
-"""The masked autoencoder as a task, and the recipes that it is trained by."""
+"""The masked autoencoder as a training task, and its presets."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ from examples.training.task import Data, LoadData, LoadModels, LossAlone, Params
 
 @dataclass(frozen=True)
 class MAETask(LossAlone):
-    """Predict the pixels that are hidden."""
+    """Prediction of the pixels of masked patches."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -37,7 +37,8 @@ class MAETask(LossAlone):
     name: ClassVar[str] = "mae"
     unit: ClassVar[str] = "pictures"
     metrics: ClassVar[Mapping[str, Callable[[float], float]]] = {}
-    # Heads and the features inside the feed-forward layers are split over tensor.
+    # Attention heads and the hidden features of feed-forward layers are split over
+    # tensor.
     layout: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "query": ("fsdp", "tensor"),
         "key": ("fsdp", "tensor"),
@@ -56,12 +57,12 @@ class MAETask(LossAlone):
 
     @property
     def units(self) -> int:
-        """Pictures in a step."""
+        """Images per step."""
         return self.data.batch_size
 
     @property
     def layers(self) -> Mapping[str, int]:
-        """The blocks of the encoder and those of the decoder are stacked."""
+        """Number of stacked blocks in the encoder and in the decoder."""
         return {
             "encoder": self.model.num_layers,
             "decoder": self.model.decoder_num_layers,
@@ -69,7 +70,7 @@ class MAETask(LossAlone):
 
     @property
     def divided(self) -> Mapping[str, Mapping[str, int]]:
-        """Sizes that must be divisible by each axis of the mesh."""
+        """Sizes that each mesh axis must divide."""
         sizes = {
             f"{prefix}{name}": getattr(self.model, f"{prefix}{name}")
             for prefix in ("", "decoder_")
@@ -82,29 +83,29 @@ class MAETask(LossAlone):
         }
 
     def describe(self) -> str:
-        """Describes a batch."""
+        """Describe a batch."""
         side = self.model.image_size
-        return f"{self.data.batch_size} pictures of {side} x {side} pixels"
+        return f"{self.data.batch_size} images of {side} x {side} pixels"
 
     def default_learning_rate(self, optimizer: str) -> float | None:
-        """Returns the best rate of a sweep with the tiny model, else None."""
+        """Return the tuned rate of the tiny model, or None for other models."""
         tiny = replace(MODELS["tiny"], unroll=self.model.unroll)
         if replace(tiny, decoder_unroll=self.model.decoder_unroll) != self.model:
             return None
         return {"adamw": 2e-3}.get(optimizer)
 
     def init(self, seed: int) -> Params:
-        """Draws the initial weights."""
+        """Initialize the parameters."""
         model = MaskedAutoencoder(self.model, nnx.Rngs(seed))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def loss(self, params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Computes the mean squared error over the hidden patches.
+        """Compute the mean squared error over masked patches.
 
         Args:
-            params: the weights.
+            params: the parameters.
             batch: ``image``, ``[B, S, S, 3]``, uint8; and ``seed``, ``[B]``, uint32,
-                which decides the mask of each.
+                which determines each image's mask.
 
         Returns:
             A float32 scalar.
@@ -113,21 +114,21 @@ class MAETask(LossAlone):
         return model(batch["image"], mask_noise(batch["seed"], self.model.patches))
 
     def check_source(self, source: Path) -> None:
-        """Checks another run of the same model."""
+        """Check that ``source`` is a run of the same model."""
         require_weights(source, jax.eval_shape(lambda: self.init(0)))
 
     def start_from(self, source: Path, seed: int) -> Params:
-        """Loads the weights of that run."""
+        """Load the parameters of the run ``source``."""
         return load_params(source, jax.eval_shape(lambda: self.init(0)))
 
     def load(
         self, seed: int, process: int, processes: int, source: Path | None = None
     ) -> Data:
-        """Loads glyphs, files, or a Hugging Face dataset."""
+        """Load glyphs, image files, or a Hugging Face dataset."""
         return load_data(self.data, self.model.image_size, seed, process, processes)
 
     def batch_like(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes and dtypes of a batch."""
+        """Return the shapes and dtypes of a batch."""
         count, side = self.data.batch_size, self.model.image_size
         return {
             "image": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8),
@@ -135,35 +136,35 @@ class MAETask(LossAlone):
         }
 
     def flops(self) -> float:
-        """Counts the operations of a step."""
+        """Count the FLOPs of a step."""
         return float(self.data.batch_size * flops_per_image(self.model))
 
     @partial(jax.jit, static_argnums=0)
     def reconstruct(
         self, params: Params, batch: Mapping[str, jax.Array]
     ) -> Reconstruction:
-        """Reconstructs the pictures of a batch, as ``loss`` takes it."""
+        """Reconstruct the images of a batch, in the format of ``loss``."""
         model = nnx.merge(make_graphdef(self.model), params)
         noise = mask_noise(batch["seed"], self.model.patches)
         return model.reconstruct(batch["image"], noise)
 
     def show(self, models: LoadModels, data: LoadData, directory: Path) -> list[Path]:
-        """Draws each model's reconstruction of the same eight pictures.
+        """Draw each model's reconstruction of the same eight validation images.
 
-        Models with another picture size, patch size or mask ratio are left out.
+        Models with a different image size, patch size or mask ratio are skipped.
         """
         batch, made = choose(data().validation, 8), {}
         for name, (task, params) in models().items():
             if task.model.masks_like(self.model):
                 made[name] = task.reconstruct(params, batch)
             else:
-                print(f"Not drawn, because its pictures or masks differ: {name}.")
+                print(f"Not drawn, because its image size or masks differ: {name}.")
         path = directory / "reconstructions.png"
         draw(made, path)
         return [path]
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
-        """Sets the unroll factors of the scans over the blocks."""
+        """Return the task with these unroll factors for the scans over blocks."""
         model = replace(
             self.model, unroll=layers["encoder"], decoder_unroll=layers["decoder"]
         )
@@ -171,11 +172,11 @@ class MAETask(LossAlone):
 
 
 def with_model(config: TrainConfig[MAETask], name: str) -> TrainConfig[MAETask]:
-    """Sets the architecture."""
+    """Return the configuration with the architecture ``MODELS[name]``."""
     return replace(config, task=replace(config.task, model=MODELS[name]))
 
 
-# 50 epochs of 1 281 167 pictures; a learning rate of 1.5e-4 x batch / 256.
+# 50 epochs of 1 281 167 images; learning rate 1.5e-4 x batch / 256.
 _BATCH = 4096
 PRESETS: dict[str, TrainConfig[MAETask]] = {
     "demo": TrainConfig(
@@ -216,9 +217,9 @@ PRESETS: dict[str, TrainConfig[MAETask]] = {
 EXPERIMENT = Experiment(
     MAETask,
     PRESETS,
-    "demo: a tiny model on the glyphs of the fonts that matplotlib ships. paper: the "
-    "paper's ViT-B on ImageNet-1k, 50 epochs in batches of 4096, learning rate 2.4e-3, "
-    "decay 0.05, betas 0.9 and 0.95.",
+    "demo: a tiny model on the glyphs of matplotlib's fonts. paper: the paper's ViT-B "
+    "on ImageNet-1k, 50 epochs, batch size 4096, learning rate 2.4e-3, weight decay "
+    "0.05, betas 0.9 and 0.95.",
     MODELS,
     with_model,
 )

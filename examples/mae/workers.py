@@ -1,4 +1,4 @@
-"""Worker processes that read batches ahead, and whose number no state depends on."""
+"""Worker processes that prefetch batches, with a state independent of their number."""
 
 import multiprocessing
 import os
@@ -13,36 +13,36 @@ T = TypeVar("T")
 
 
 class WorkerBatches(grain.IterDataset[T]):  # type: ignore[misc]
-    """Reads the elements of a dataset in processes, in their order."""
+    """The elements of a dataset, in order, read by worker processes."""
 
     def __init__(
         self, dataset: grain.MapDataset[T], workers: int, options: grain.ReadOptions
     ) -> None:
-        """Takes how many processes there are, and what threads each has."""
+        """Set the number of processes and the threads of each."""
         super().__init__()
         self._dataset = dataset
         self._workers = workers
         self._options = options
-        # Grain reads flags of its own, which only a program that absl runs has parsed.
+        # Grain reads absl flags, which are parsed only if absl runs the program.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
 
     def __iter__(self) -> grain.DatasetIterator[T]:
-        """Begins at the first element."""
+        """Start at the first element."""
         return _WorkerIterator(self)
 
     def begin(self, index: int) -> grain.DatasetIterator[T]:
-        """Starts the processes at an element."""
+        """Start the processes at the element with this index."""
         rest = self._dataset[index:].to_iter_dataset(self._options)
         workers = grain.MultiprocessingOptions(num_workers=self._workers)
         return iter(rest.mp_prefetch(workers, _leave_signals_to_parent))
 
 
 def _leave_signals_to_parent(index: int, count: int) -> None:
-    """Makes a worker ignore signals, and end when its parent ends.
+    """Make a worker ignore signals, and exit when its parent does.
 
-    A terminal's Ctrl-C and many schedulers' SIGTERM go to the whole process group, and
-    the parent needs its workers until it has saved.
+    Ctrl-C in a terminal and SIGTERM from many schedulers reach the whole process group,
+    but the parent needs its workers until it has saved a checkpoint.
     """
     del index, count
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -60,7 +60,7 @@ def _end_with_parent() -> None:
 class _WorkerIterator(grain.DatasetIterator[T]):  # type: ignore[misc]
     """An iterator with the same state as one without workers.
 
-    Grain's own state is tied to the number of workers.
+    Grain's own state depends on the number of workers.
     """
 
     def __init__(self, dataset: WorkerBatches[T]) -> None:

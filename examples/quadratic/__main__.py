@@ -1,15 +1,16 @@
-"""Runs the three methods, prints a table and draws the figure.
+"""The command that compares the three methods in a table and a figure.
 
-All three take the same learning rate. Momentum overshoots along the steep coordinate:
-its loss oscillates, only its Hamiltonian falls. Cautious momentum holds a coordinate
-still while momentum and gradient disagree in sign, and at the default settings neither
-its loss nor its Hamiltonian ever rises. It is also faster, by the rescaling: while the
-steep coordinate rests, the other one takes steps of twice the size.
+All three use the same learning rate. Momentum overshoots along the steep coordinate:
+its loss oscillates while its Hamiltonian decreases. Cautious momentum freezes a
+coordinate while its momentum and gradient disagree in sign, and at the default settings
+neither its loss nor its Hamiltonian ever increases. The rescaling also makes it faster:
+while the steep coordinate is frozen, the flat one takes steps of twice the size.
 
-The promise is one of small steps. Where the gradient is nearly zero, one step of any
-size can carry a coordinate past its minimum and raise the loss: the table counts such
-steps, and `--learning-rate 0.002` makes some. How long the steep coordinate rests hangs
-on the signs of tiny numbers, so the cautious row varies a little between machines.
+Both guarantees hold only for small steps. Near a zero of the gradient, a step of any
+size can carry a coordinate past its minimum and increase the loss: the table counts
+such steps, and they occur with `--learning-rate 0.002`. How long the steep coordinate
+stays frozen depends on the signs of tiny numbers, so the row of cautious momentum
+varies slightly between machines.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ from matplotlib.figure import Figure
 from examples.quadratic.dynamics import hamiltonian, loss, trajectory
 from optax_cautious import cautious_sgd
 
-TARGET = 1e-6  # the fraction of the initial loss to reach
-# Colour, line and width of each method; Okabe and Ito's colour-blind safe colours.
+TARGET = 1e-6  # target loss, as a fraction of the initial loss
+# Color, line style and width of each method, in Okabe and Ito's colorblind-safe colors.
 STYLES = {
     "gradient descent": ("#000000", ":", 1.8),
     "momentum": ("#0072B2", "-", 1.2),
@@ -40,44 +41,44 @@ STYLES = {
 class Config:
     """Gradient descent, momentum and cautious momentum on an ill-conditioned quadratic.
 
-    Minimizes f(w) = (w_1^2 + condition * w_2^2) / 2, prints a table and draws the
+    Minimize f(w) = (w_1^2 + condition * w_2^2) / 2, print a table, and plot the
     trajectories, the loss and the Hamiltonian.
     """
 
     condition: float = 50.0
-    """Condition number: the curvature of the steep coordinate; the other's is 1."""
+    """Condition number: the curvature of the steep coordinate (1 for the flat one)."""
     learning_rate: float = 1e-3
     """Learning rate of all three methods."""
     momentum: float = 0.9
-    """Decay of the momentum, beta in m' = beta m + g."""
+    """Momentum decay, beta in m' = beta m + g."""
     steps: int = 500
     """Number of steps."""
     start: tuple[float, float] = (1.0, 1.0)
     """Starting point (w_1, w_2)."""
     output: Path = Path("outputs/quadratic.png")
-    """Where the figure goes."""
+    """File to save the figure to."""
 
     def __post_init__(self) -> None:
-        """Raises a ValueError that names the first setting out of its range."""
+        """Validate the settings."""
         if not 1 <= self.condition <= 1e12:
-            raise ValueError(f"condition must be in [1, 1e12], got {self.condition}")
+            raise ValueError(f"condition must be in [1, 1e12], got {self.condition}.")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(
-                f"learning_rate must be positive, got {self.learning_rate}"
+                f"learning_rate must be positive and finite, got {self.learning_rate}."
             )
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
         if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+            raise ValueError(f"steps must be at least 1, got {self.steps}.")
         if not 1e-6 <= math.hypot(*self.start) <= 1e6:
             raise ValueError(
-                "start must be between 1e-6 and 1e6 away from the minimum (0, 0), "
-                f"got {self.start}"
+                "start must be at a distance of 1e-6 to 1e6 from the minimum (0, 0), "
+                f"got {self.start}."
             )
 
 
 class Run(NamedTuple):
-    """The points, losses and Hamiltonians of one method, from the start on."""
+    """Points, losses and Hamiltonians of one method, starting at the initial point."""
 
     points: np.ndarray
     losses: np.ndarray
@@ -85,7 +86,7 @@ class Run(NamedTuple):
 
 
 def run(config: Config) -> dict[str, Run]:
-    """Returns the run of each method, by its name."""
+    """Run each method and return the runs by name."""
     rate = config.learning_rate
     optimizers = {
         "gradient descent": optax.sgd(rate),
@@ -105,12 +106,12 @@ def run(config: Config) -> dict[str, Run]:
 
 
 def rises(values: np.ndarray) -> int:
-    """Returns the number of steps that raised `values`; a step to NaN counts."""
+    """Count the steps that increased `values`, including steps to NaN."""
     return int(np.sum(~(values[1:] <= values[:-1])))
 
 
 def table(runs: dict[str, Run]) -> str:
-    """Returns a line for each method."""
+    """Format a table with one row per method."""
     reach = f"steps to {TARGET:g} f(w_0)"
     lines = [f"{'':17}  final loss  {reach}  loss rose  Hamiltonian rose"]
     for name, r in runs.items():
@@ -124,7 +125,7 @@ def table(runs: dict[str, Run]) -> str:
 
 
 def draw(runs: dict[str, Run], config: Config) -> Figure:
-    """Returns the figure: the trajectories, the loss and the Hamiltonian."""
+    """Plot the trajectories, the loss and the Hamiltonian."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     plane, losses, hamiltonians = figure.subplots(1, 3)
     hamiltonians.sharey(losses)
@@ -146,7 +147,7 @@ def draw(runs: dict[str, Run], config: Config) -> Figure:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line `args`, or the process's own."""
+    """Run the command with `args`, or with the arguments of the process."""
     config = tyro.cli(Config, prog="python -m examples.quadratic", args=args)
     runs = run(config)
     print(table(runs))

@@ -1,4 +1,4 @@
-"""The quadratic, its Hamiltonian, and the path an optimizer takes on it."""
+"""The quadratic, its Hamiltonian, and the trajectory of an optimizer on it."""
 
 from typing import NamedTuple
 
@@ -8,22 +8,22 @@ import optax
 
 
 class Trajectory(NamedTuple):
-    """The points and momenta before the first step and after each, one per row."""
+    """Points and momenta, one per row: initially and after each step."""
 
     points: jax.Array
     momenta: jax.Array
 
 
 def loss(w: jax.Array, condition: float) -> jax.Array:
-    """Returns f(w) = (w_1^2 + condition * w_2^2) / 2, over the last axis of `w`."""
+    """Compute f(w) = (w_1^2 + condition * w_2^2) / 2 over the last axis of `w`."""
     return (w[..., 0] ** 2 + condition * w[..., 1] ** 2) / 2
 
 
 def hamiltonian(path: Trajectory, condition: float, learning_rate: float) -> jax.Array:
-    """Returns the loss plus the kinetic energy, f(w) + learning_rate * |m|^2 / 2.
+    """Compute loss plus kinetic energy, f(w) + learning_rate * |m|^2 / 2.
 
-    The momentum step is m' = beta m + grad f(w), w' = w - learning_rate m'. In terms
-    of h = sqrt(learning_rate) and the velocity s = h m it reads s' = beta s + h grad f
+    The momentum step is m' = beta m + grad f(w), w' = w - learning_rate m'. With
+    h = sqrt(learning_rate) and the velocity s = h m, it reads s' = beta s + h grad f(w)
     and w' = w - h s': a ball of unit mass with friction, in time steps of h, whose
     kinetic energy is |s|^2 / 2.
     """
@@ -37,9 +37,9 @@ def trajectory(
     condition: float,
     steps: int,
 ) -> Trajectory:
-    """Returns the path of `optimizer` over `steps` steps from `start`.
+    """Run `optimizer` for `steps` steps from `start` and return its trajectory.
 
-    An optimizer that keeps no momentum (no `optax.TraceState`) has momentum zero.
+    The momentum is zero for an optimizer without an `optax.TraceState`.
     """
 
     def step(

@@ -1,6 +1,6 @@
-"""The training program: from a task and an optimizer to a run that can be trusted.
+"""The training program, shared by all experiments.
 
-An experiment is a folder beside this one. It brings a `Task` and presets, as an
-`Experiment`, and hands them to `command_line.main`. Everything else is here, and
+An experiment is a package next to this one. It provides a `Task` and presets as an
+`Experiment`, and passes them to `command_line.main`. Everything else lives here, and
 nothing here imports an experiment.
 """

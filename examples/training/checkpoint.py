@@ -1,4 +1,4 @@
-"""Checkpoints: the newest and the best, and going on from one."""
+"""Checkpoints: saving, keeping the newest and the best, and restoring."""
 
 import shutil
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from examples.training.step import TrainState, by_name
 from examples.training.task import Params
 
 CHECKPOINTS_NAME = "checkpoints"
-"""Of their directory in that of a run."""
+"""Name of the directory of checkpoints in the directory of a run."""
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds beside the position in the data."""
+    """The contents of a checkpoint, except for the position in the data."""
 
     step: int
     state: TrainState
@@ -33,7 +33,7 @@ class Restored(NamedTuple):
 
 @dataclass(frozen=True)
 class _NewestAndBest(checkpoint_managers.PreservationPolicy):  # type: ignore[misc]
-    """Keeps the newest checkpoints, the best one, and optionally a given step."""
+    """A policy that keeps the newest, the best, and optionally one given checkpoint."""
 
     newest: int
     losses: Mapping[int, float]
@@ -50,7 +50,7 @@ class _NewestAndBest(checkpoint_managers.PreservationPolicy):  # type: ignore[mi
 
 
 class Checkpoints:
-    """The checkpoints of a run, written while the training goes on."""
+    """The checkpoints of a run, written asynchronously during training."""
 
     def __init__(
         self,
@@ -59,13 +59,13 @@ class Checkpoints:
         losses: Mapping[int, float] | None = None,
         always: int | None = None,
     ):
-        """Opens a directory.
+        """Open a directory of checkpoints.
 
         Args:
-            directory: where they are, or will be.
-            keep: how many of the newest are kept, beside the best.
-            losses: validation losses of the steps of those that are there.
-            always: a step whose checkpoint is kept in any case.
+            directory: the directory; created if missing.
+            keep: number of newest checkpoints to keep, besides the best.
+            losses: validation losses of existing checkpoints, by step.
+            always: a step whose checkpoint is always kept.
         """
         self._damaged = directory.parent / "damaged_checkpoints"
         self._losses = dict(losses or {})
@@ -84,9 +84,9 @@ class Checkpoints:
         batches: grain.DatasetIterator[Any],
         validation_loss: float | None,
     ) -> None:
-        """Begins to write a checkpoint; the state may be changed when this returns.
+        """Start writing a checkpoint; the state may be changed once this returns.
 
-        An error of the one before is raised here.
+        An error in writing the previous checkpoint is raised here.
         """
         if validation_loss is not None:
             self._losses[step] = validation_loss
@@ -102,20 +102,20 @@ class Checkpoints:
     def restore(
         self, like: TrainState, batches: grain.DatasetIterator[Any]
     ) -> Restored | None:
-        """Restores the newest checkpoint that is whole.
+        """Restore the newest intact checkpoint.
 
-        Newer ones are damaged: they are reported and moved aside.
+        Damaged newer checkpoints are reported and moved aside.
 
         Args:
             like: shapes, dtypes and shardings of the state.
-            batches: the data; its position is set to the checkpoint's.
+            batches: the data iterator; set to the position of the checkpoint.
 
         Returns:
-            The step and the state, or None where there is no checkpoint.
+            The step and the state, or None if there is no checkpoint.
 
         Raises:
-            InputError: if there are checkpoints and none is whole, if they are of
-                another number of processes, or if the data cannot be read.
+            InputError: if all checkpoints are damaged, if they were saved by a
+                different number of processes, or if the data cannot be read.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -125,21 +125,21 @@ class Checkpoints:
                 for other, of_other in damaged.items():
                     self._set_aside(other, of_other)
                 for later in [s for s in self._losses if s > step]:
-                    del self._losses[later]  # It is taken again.
+                    del self._losses[later]  # The step is taken again.
                 return Restored(step, state)
             damaged[step] = why
-        reasons = "; ".join(f"of step {step}: {why}" for step, why in damaged.items())
+        reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
         require(
             not damaged,
-            f"run_dir: none of the checkpoints in {self._manager.directory} is whole: "
-            f"{reasons}; choose another --run-dir",
+            f"run_dir: all checkpoints in {self._manager.directory} are damaged "
+            f"({reasons}); choose another --run-dir.",
         )
         return None
 
     def _read(
         self, step: int, like: TrainState, batches: grain.DatasetIterator[Any]
     ) -> tuple[TrainState | None, str]:
-        """Reads a checkpoint; if any process cannot, returns why."""
+        """Read a checkpoint, or return the reason why some process cannot."""
         state, why, saved = None, "another process cannot read it", 0
         of_data: InputError | None = None
         try:
@@ -153,40 +153,40 @@ class Checkpoints:
             )
             state, saved = restored["state"], restored["checksum"]["state"]
         except InputError as error:
-            of_data = error  # The data cannot be read again from there.
+            of_data = error  # The data cannot be read from that position.
         except Exception as error:
-            # Whatever is wrong with files, tensorstore and JSON raise all sorts.
+            # Damaged files raise errors of any type from tensorstore and JSON.
             why = reason(error)
         with together():
             if of_data is not None:
                 raise of_data
-        # Together, as the checksum is computed by all.
+        # All processes must agree, because they compute the checksum together.
         if not _in_all(state is not None):
             return None, why
         if int(checksum(state)) != saved:
-            return None, "its checksum is not that of its contents"
+            return None, "its checksum does not match its contents"
         return state, ""
 
     def close(self) -> None:
-        """Waits until the last checkpoint is written."""
+        """Wait until the last checkpoint is written."""
         self._manager.wait_until_finished()
         self._manager.close()
 
     def _require_same_processes(self, step: int) -> None:
-        """Checks that a checkpoint has a position in the data for each process."""
+        """Check that a checkpoint has a position in the data for each process."""
         directory = Path(self._manager.directory) / str(step) / "data"
         there = {file.stem.rpartition("-")[2] for file in directory.glob("process_*")}
         require(
             not there or str(jax.process_count()) in there,
-            "run_dir: the positions in the data are those of "
-            f"{'/'.join(sorted(there))} processes, and there are "
-            f"{jax.process_count()}; start as many, or choose another --run-dir",
+            f"run_dir: the checkpoint was saved by {'/'.join(sorted(there))} "
+            f"processes, but there are {jax.process_count()}; start the same number, "
+            "or choose another --run-dir.",
         )
 
     def _set_aside(self, step: int, why: str) -> None:
         tqdm.write(
-            f"The checkpoint of step {step} is damaged and is moved to "
-            f"{self._damaged}: {why}"
+            f"The checkpoint of step {step} is damaged ({why}); moving it to "
+            f"{self._damaged}."
         )
         if jax.process_index() == 0:
             self._damaged.mkdir(exist_ok=True)
@@ -199,7 +199,7 @@ class Checkpoints:
 
 
 def _in_all(holds: bool) -> bool:
-    """Says whether something holds in all processes."""
+    """Return whether something holds in all processes."""
     if jax.process_count() == 1:
         return holds
     return bool(multihost_utils.process_allgather(np.array(holds)).all())
@@ -207,9 +207,9 @@ def _in_all(holds: bool) -> bool:
 
 @jax.jit
 def checksum(tree: Any) -> jax.Array:
-    """Adds up the bits of all arrays, as unsigned integers of 32 bits.
+    """Sum the bits of all arrays as 32-bit unsigned integers.
 
-    Whole numbers add up to the same in any order, so on any mesh.
+    Integer sums do not depend on the order, so the checksum is the same on any mesh.
     """
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
@@ -219,12 +219,12 @@ def checksum(tree: Any) -> jax.Array:
 
 
 def size(like: Any) -> int:
-    """Counts the bytes of a checkpoint."""
+    """Compute the size of a checkpoint in bytes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """Lists the steps of the checkpoints in a directory, which need not be there."""
+    """List the steps of the checkpoints in a directory, which need not exist."""
     if not directory.is_dir():
         return []
     names = ocp.path.step.standard_name_format()
@@ -232,18 +232,18 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def require_weights(run_dir: Path, like: Params) -> int:
-    """Checks that a run has weights to begin with, and returns their step.
+    """Check that a run has weights to start from, and return their step.
 
     Args:
-        run_dir: its directory.
+        run_dir: the directory of the run.
         like: names and shapes of the parameters.
 
     Raises:
-        InputError: where there is no checkpoint, or it is of another model.
+        InputError: if there is no checkpoint, or it contains another model.
     """
     directory = run_dir / CHECKPOINTS_NAME
     steps = saved_steps(directory)
-    require(bool(steps), f"from: there is no checkpoint in {directory}")
+    require(bool(steps), f"from: there is no checkpoint in {directory}.")
     here, there = by_name(like), _saved_params(directory, steps[-1])
     for name in sorted({*here, *there}):
         size, other = (
@@ -251,24 +251,24 @@ def require_weights(run_dir: Path, like: Params) -> int:
         )
         require(
             size == other,
-            f"from: the run in {run_dir} is of another model: its {name} is {other}, "
-            f"and here it is {size}",
+            f"from: the run in {run_dir} has a different model, in which {name} is "
+            f"{other}; here it is {size}.",
         )
     return steps[-1]
 
 
 def load_params(run_dir: Path, like: Params) -> Params:
-    """Reads the weights of another run to begin with.
+    """Load the weights of another run to start from.
 
     Args:
-        run_dir: its directory.
+        run_dir: the directory of the run.
         like: names and shapes of the parameters.
 
     Returns:
-        The parameters of its newest checkpoint, in the host's memory.
+        The parameters of the newest checkpoint, in host memory.
 
     Raises:
-        InputError: where there is no checkpoint, or it is of another model.
+        InputError: if there is no checkpoint, or it contains another model.
     """
     step = require_weights(run_dir, like)
     try:
@@ -279,32 +279,32 @@ def load_params(run_dir: Path, like: Params) -> Params:
 
 
 def _saved_params(directory: Path, step: int) -> dict[str, Any]:
-    """Returns the metadata of a checkpoint's parameters, by name."""
+    """Return the metadata of a checkpoint's parameters, by name."""
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             saved = checkpointer.metadata(directory.absolute() / str(step) / "state")
         return by_name(saved.item_metadata.tree["params"])
     except Exception as error:
-        # As above, whatever is wrong with files raises all sorts.
+        # As above, damaged files raise errors of any type.
         raise InputError(
             f"from: the checkpoint of step {step} in {directory} is damaged "
-            f"({reason(error)})"
+            f"({reason(error)})."
         ) from error
 
 
 def restore_params(directory: Path, step: int, like: Params) -> Params:
-    """Reads the parameters of a checkpoint, and not the optimizer's state.
+    """Load the parameters of a checkpoint, without the optimizer state.
 
     Args:
-        directory: where the checkpoints of a run are.
-        step: which of them.
+        directory: the directory of a run's checkpoints.
+        step: the step of the checkpoint.
         like: the names of the parameters.
 
     Returns:
-        The parameters in the host's memory, whatever mesh they were saved from.
+        The parameters in host memory, whatever mesh they were saved from.
 
     Raises:
-        InputError: for a checkpoint that cannot be read.
+        InputError: if the checkpoint cannot be read.
     """
     item = {"params": like}
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
@@ -318,10 +318,10 @@ def restore_params(directory: Path, step: int, like: Params) -> Params:
                 ),
             )
     except Exception as error:
-        # As above, whatever is wrong with files raises all sorts.
+        # As above, damaged files raise errors of any type.
         raise InputError(
             f"step: the checkpoint of step {step} in {directory} is damaged "
-            f"({reason(error)})"
+            f"({reason(error)})."
         ) from error
     params: Params = restored["params"]
     return params

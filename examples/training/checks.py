@@ -1,4 +1,4 @@
-"""The error of bad input, and the checks that raise it."""
+"""The error for invalid input, and the checks that raise it."""
 
 import math
 from collections.abc import Sequence
@@ -8,81 +8,80 @@ _LONGEST = 300
 
 
 class InputError(ValueError):
-    """A setting or a corpus with which the program cannot start."""
+    """An invalid setting or corpus, with which the program cannot start."""
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises an ``InputError`` with this message unless the condition holds."""
+    """Raise an ``InputError`` with this message unless the condition holds."""
     if not condition:
         raise InputError(message)
 
 
 def require_positive(name: str, value: float) -> None:
-    """Raises an ``InputError`` unless the value is finite and above zero."""
-    require(
-        value > 0 and math.isfinite(value), f"{name} is {value}: it has to be above 0"
-    )
+    """Raise an ``InputError`` unless the value is finite and positive."""
+    require(value > 0, f"{name} must be positive, got {value}.")
+    require(math.isfinite(value), f"{name} must be finite, got {value}.")
 
 
 def require_between(name: str, value: float, low: float, high: float) -> None:
-    """Raises an ``InputError`` unless the value lies strictly between two others."""
+    """Raise an ``InputError`` unless the value lies strictly between two others."""
     require(
         low < value < high,
-        f"{name} is {value}: it has to lie between {low:g} and {high:g}",
+        f"{name} must be strictly between {low:g} and {high:g}, got {value}.",
     )
 
 
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises an ``InputError`` unless the value is one of the choices."""
+    """Raise an ``InputError`` unless the value is one of the choices."""
     require(
-        value in choices, f"{name} is {value!r}: choose one of {', '.join(choices)}"
+        value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}."
     )
 
 
 def require_utf8(name: str, value: str) -> None:
-    """Raises an ``InputError`` unless the value can be written as UTF-8.
+    """Raise an ``InputError`` unless the value can be encoded as UTF-8.
 
-    The path of a file need not be: bytes that are no text arrive as surrogates.
+    A path may not be valid UTF-8; Python represents its other bytes as surrogates.
     """
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{name}: {value!r} is not UTF-8, in which a run keeps its settings; "
-            "choose another name"
+            f"{name}: {value!r} is not UTF-8, the encoding in which a run stores its "
+            "settings; choose another name."
         ) from error
 
 
 def make_directory(name: str, path: Path) -> None:
-    """Makes a directory, or raises an ``InputError`` that says why it cannot."""
+    """Create a directory, or raise an ``InputError`` with the reason."""
     require(
         ":/" not in str(path),
-        f"{name}: {path} is no directory of this machine; mount the bucket, and give "
-        "the directory where it is",
+        f"{name}: {path} is not a directory on this machine; mount the bucket and pass "
+        "its mount point.",
     )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{name}: cannot make {path} ({error.strerror})") from error
+        raise InputError(f"{name}: cannot create {path} ({error.strerror}).") from error
 
 
 def read_text(name: str, path: Path) -> str:
-    """Reads a text file, or raises an ``InputError`` that says why it cannot."""
+    """Read a text file, or raise an ``InputError`` with the reason."""
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"{name}: cannot read {path} ({why})") from error
+        raise InputError(f"{name}: cannot read {path} ({why}).") from error
 
 
 def reason(error: Exception) -> str:
-    """Writes what an error says in one line, which some packages' do in many."""
+    """Format the message of an error as a single line of limited length."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 def human_size(size: float) -> str:
-    """Writes a number of bytes in the unit that suits it."""
+    """Format a number of bytes with a suitable unit."""
     for unit in ("bytes", "kB", "MB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""The command line of an experiment: it parses arguments and reports errors."""
+"""The command line of an experiment: argument parsing and error reporting."""
 
 import errno
 import inspect
@@ -23,17 +23,17 @@ def main(
     commands: Mapping[str, Callable[..., Any]],
     args: Sequence[str] | None = None,
 ) -> Any:
-    """Runs the command that the first argument names.
+    """Run the command named by the first argument.
 
-    A command with a parameter ``config`` takes the settings of a run as options, and
-    their defaults from ``--preset``, ``--model`` or ``--config-file``. An
-    ``InputError`` ends the program with its message alone.
+    A command with a parameter ``config`` takes the settings of a run as options, whose
+    defaults come from ``--preset``, ``--model`` or ``--config-file``. An ``InputError``
+    exits the program with its message and no traceback.
 
     Args:
-        program: how the program is started, such as "python -m examples.llama".
-        experiment: what the settings are of.
-        commands: functions by the names of the commands.
-        args: the arguments; those of the command line unless given.
+        program: how the program is invoked, such as "python -m examples.llama".
+        experiment: the experiment whose settings the commands take.
+        commands: functions by command name.
+        args: the arguments; defaults to those of the command line.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] not in commands:
@@ -49,7 +49,7 @@ def run_command(
     prog: str,
     experiment: Experiment[Any],
 ) -> Any:
-    """Calls a function with the arguments of a command line."""
+    """Call a function with command-line arguments."""
 
     def run() -> Any:
         command = _with_start(function, args, prog, experiment)
@@ -64,7 +64,7 @@ def _with_start(
     prog: str,
     experiment: Experiment[Any],
 ) -> Callable[..., Any]:
-    """Adds --preset, --model and --config-file to a command, and applies them."""
+    """Add --preset, --model and --config-file to a command and apply them."""
     signature = inspect.signature(function)
     if "config" not in signature.parameters:
         return function
@@ -109,13 +109,13 @@ def _overview(program: str, commands: Mapping[str, Callable[..., Any]]) -> str:
             "",
             *lines,
             "",
-            f"{program} COMMAND --help explains the options of one.",
+            f"Run '{program} COMMAND --help' for the options of a command.",
         ]
     )
 
 
 def _or_exit(run: Callable[[], Any]) -> Any:
-    threading.excepthook = _quiet_about_a_full_disk(threading.excepthook)
+    threading.excepthook = _silence_full_disk(threading.excepthook)
     try:
         return run()
     except InputError as error:
@@ -124,32 +124,32 @@ def _or_exit(run: Callable[[], Any]) -> Any:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not _is_of_a_full_disk(error):
+        if not _is_disk_full(error):
             raise
         sys.exit(
-            "error: there is no space left on the disk; make room, and give the same "
-            f"command again ({error})"
+            "error: no space left on the disk; free some space and run the same "
+            f"command again ({error})."
         )
 
 
-def _quiet_about_a_full_disk(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Silences library threads that meet a full disk; the program reports it once."""
+def _silence_full_disk(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Make an exception hook ignore full disks, which the program reports once."""
 
     def quiet(args: Any) -> None:
-        if not _is_of_a_full_disk(args.exc_value):
+        if not _is_disk_full(args.exc_value):
             hook(args)
 
     return quiet
 
 
-def _is_of_a_full_disk(error: BaseException | None) -> bool:
-    """Returns whether an error or its cause is a full disk."""
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error, or its cause, is a full disk."""
     if error is None:
         return False
-    # tensorstore raises an error without an errno.
+    # tensorstore's errors have no errno.
     number = error.errno if isinstance(error, OSError) else None
     return (
         number in (errno.ENOSPC, errno.EDQUOT)
         or os.strerror(errno.ENOSPC) in str(error)
-        or _is_of_a_full_disk(error.__cause__ or error.__context__)
+        or _is_disk_full(error.__cause__ or error.__context__)
     )

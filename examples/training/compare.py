@@ -1,7 +1,8 @@
-"""The comparison: each optimizer with and without caution, over any settings.
+"""The comparison of optimizers with and without caution, over any settings.
 
-All train the same model on the same data; with the same seed, from the same weights and
-in the same order. The same command resumes a comparison that was interrupted.
+All runs train the same model on the same data; runs with the same seed start from the
+same weights and see the data in the same order. To resume an interrupted comparison,
+run the same command again.
 """
 
 import itertools
@@ -30,10 +31,10 @@ _OWN_OPTIONS = {"optimizer": "--optimizers", "caution": None, "seed": "--seeds"}
 
 
 def parse_sweep(sweep: Sequence[str]) -> dict[str, list[str]]:
-    """Reads what to sweep, as in ``learning_rate=1e-3,2e-3``.
+    """Parse the settings to sweep, as in ``learning_rate=1e-3,2e-3``.
 
     Raises:
-        InputError: for what cannot be read so.
+        InputError: if the sweep cannot be parsed.
     """
     values: dict[str, list[str]] = {}
     for text in sweep:
@@ -43,18 +44,18 @@ def parse_sweep(sweep: Sequence[str]) -> dict[str, list[str]]:
         found = [value.strip() for value in listed.split(",")]
         if not equals or not all(found):
             raise InputError(
-                f"sweep: cannot read {text!r}; write a setting and its values, as in "
-                "learning_rate=1e-3,2e-3"
+                f"sweep: cannot parse {text!r}; pass a setting and its values, as in "
+                "learning_rate=1e-3,2e-3."
             )
-        require(name not in values, f"sweep: {name} is given twice")
-        require(len(set(found)) == len(found), f"sweep: {name} has a value twice")
+        require(name not in values, f"sweep: {name} is given twice.")
+        require(len(set(found)) == len(found), f"sweep: {name} repeats a value.")
         if name in _OWN_OPTIONS:
             raise InputError(
-                f"sweep: {name} is not swept; "
+                f"sweep: {name} cannot be swept; "
                 + (
-                    f"give {_OWN_OPTIONS[name]}"
+                    f"use {_OWN_OPTIONS[name]}."
                     if _OWN_OPTIONS[name]
-                    else "each optimizer is trained with it and without"
+                    else "each optimizer is trained with and without it."
                 )
             )
         values[name] = found
@@ -67,21 +68,21 @@ def plan(
     seeds: Sequence[int],
     config: TrainConfig[Any],
 ) -> dict[Run, TrainConfig[Any]]:
-    """Lists the runs of a comparison, of each optimizer with and without caution.
+    """List the runs of a comparison: each optimizer with and without caution.
 
     Args:
-        optimizers: names.
-        sweep: settings, each with its values as text. Caution's own settings are swept
-            only in the cautious runs.
-        seeds: those to train each with.
-        config: all the rest.
+        optimizers: names of the optimizers.
+        sweep: values to sweep, as text, by setting. Settings of caution are swept in
+            the cautious runs only.
+        seeds: the seeds to train each combination with.
+        config: all other settings.
 
     Raises:
-        InputError: for a name, a value or a seed that no run can have.
+        InputError: if a name, a value or a seed is invalid.
     """
     for name, values in (("optimizers", optimizers), ("seeds", seeds)):
-        require(bool(values), f"{name}: give at least one")
-        require(len(set(values)) == len(values), f"{name}: give each value once")
+        require(bool(values), f"{name}: pass at least one.")
+        require(len(set(values)) == len(values), f"{name}: pass each value only once.")
     runs: dict[Run, TrainConfig[Any]] = {}
     for seed in seeds:
         for chosen in itertools.product(*sweep.values()):
@@ -106,10 +107,10 @@ def plan(
 
 
 def require_trainable(runs: Mapping[Run, TrainConfig[Any]], output_dir: Path) -> None:
-    """Checks the settings and the directories of all runs before the first begins.
+    """Check the settings and directories of all runs before the first one starts.
 
     Raises:
-        InputError: for settings that no run can have, or a directory with another run.
+        InputError: if settings are invalid, or a directory contains another run.
     """
     for run, config in runs.items():
         make_engine(config)
@@ -126,18 +127,18 @@ def run_all(
     output_dir: Path,
     together: bool,
 ) -> bool:
-    """Trains all that are not trained yet.
+    """Train all runs that are not finished.
 
     Args:
-        runs: what to train.
+        runs: the runs and their configurations.
         swept: the settings in which they differ.
-        output_dir: where each run has its directory.
-        together: the optimizers of one seed and point take turns, from one writing of
-            the log to the next, so that whatever else the machine does slows all of
-            them alike. Their models are in memory at the same time.
+        output_dir: the parent of the runs' directories.
+        together: whether the optimizers of one seed and point take turns, switching at
+            each log write, so that other load on the machine slows them all equally.
+            Their models are in memory at the same time.
 
     Returns:
-        Whether all have come to their ends; not so where a signal has come.
+        Whether all runs are finished; False if a signal stopped them.
     """
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run, config in runs.items():
@@ -161,7 +162,7 @@ def run_all(
 
 
 class _Loader:
-    """Loads the data of a run, or returns the last if they are the same."""
+    """A data loader that returns the previous data if the settings match."""
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
@@ -183,7 +184,7 @@ def _take_turns(
     bar: "tqdm[Any]",
     done: int,
 ) -> dict[Run, log.Record]:
-    """Trains some runs, and returns the last record of each that has begun."""
+    """Train runs in turn, and return the last record of each that was started."""
     trainings: dict[Run, Generator[list[log.Record]]] = {}
     for run in group:
         directory, data = output_dir / run.name, None
@@ -196,7 +197,7 @@ def _take_turns(
             stack.callback(iterator.close)
         while trainings:
             for run, iterator in list(trainings.items()):
-                # After a signal, no other run starts.
+                # Start no further run after a signal.
                 records = None if run not in ends and stop(0) else next(iterator, None)
                 if records is None:
                     del trainings[run]
@@ -225,26 +226,26 @@ def compare(
     *,
     config: TrainConfig[Any],
 ) -> None:
-    """Train with optimizers, each with and without caution, and compare them.
+    """Train optimizers with and without caution, and compare them.
 
     Args:
-        optimizers: those to train with. Not given: that of --optimizer.
+        optimizers: optimizers to compare. Defaults to the one of --optimizer.
         sweep: settings and their values, as in learning_rate=1e-3,2e-3 b1=0.9,0.98; all
-            combinations are trained. Caution's own settings are swept only in the
-            cautious runs.
-        seeds: train each with each of these, of weights and data. Not given: that of
-            --seed.
-        output_dir: where each run has its directory, and report.md, report.csv,
-            report.png and aligned.png are written. Not given: a directory of outputs/.
-        together: the optimizers of one point and seed take turns, so that their times
-            can be compared; all are in memory at once.
-        config: all the rest.
+            combinations are trained. Settings of caution are swept in the cautious runs
+            only.
+        seeds: seeds of the weights and the data order; each combination is trained with
+            each seed. Defaults to the one of --seed.
+        output_dir: directory for report.md, report.csv, report.png, aligned.png and one
+            subdirectory per run. Defaults to a directory in outputs/.
+        together: let the optimizers of one point and seed take turns, so that their
+            times are comparable; all are in memory at once.
+        config: all other settings.
     """
     optimizers = optimizers or (config.optimizer.optimizer,)
     output_dir = output_dir or Path("outputs") / config.task.name / "comparison"
     swept = parse_sweep(sweep)
     if not config.optimizer.caution:
-        print("Each optimizer is trained with caution and without it.")
+        print("Each optimizer is trained with and without caution.")
     runs = plan(optimizers, swept, (config.seed,) if seeds is None else seeds, config)
     make_directory("output_dir", output_dir)
     with _naming_output_dir():
@@ -261,12 +262,12 @@ def compare(
     files = report.write(histories, list(runs.values()), output_dir)
     print(f"\n{(output_dir / report.TEXT_NAME).read_text()}")
     files += show_best(histories, runs, output_dir)
-    print(f"Written to {output_dir}: {', '.join(file.name for file in files)}")
+    print(f"Wrote {', '.join(file.name for file in files)} to {output_dir}.")
 
 
 @contextmanager
 def _naming_output_dir() -> Iterator[None]:
-    """Names the option of this command in errors about a run's directory."""
+    """Name --output-dir in errors about the directory of a run."""
     try:
         yield
     except InputError as error:
@@ -277,9 +278,9 @@ def _naming_output_dir() -> Iterator[None]:
 def show_best(
     histories: Sequence[History], runs: dict[Run, TrainConfig[Any]], output_dir: Path
 ) -> list[Path]:
-    """Calls the task's ``show`` with the best run of each side, first seed.
+    """Call the task's ``show`` with the best run of each side, at its first seed.
 
-    Runs whose checkpoints have been deleted are left out.
+    Skip runs whose checkpoints have been deleted.
     """
     best = [
         seeds[0].run

@@ -1,7 +1,7 @@
 """The command that compiles a training step ahead of time for a TPU slice.
 
-It compiles the very step of ``train`` on this machine's CPU, and prints what each
-device would hold, move and send. Nothing is run. It needs the ``tpu`` extra.
+It compiles the same step as ``train`` on this machine's CPU, and prints the memory and
+traffic of each device. Nothing is executed. It requires the ``tpu`` extra.
 """
 
 import math
@@ -28,7 +28,7 @@ from examples.training.xla import (
 
 @dataclass(frozen=True)
 class Account:
-    """What the compiler says of one device; sizes in bytes."""
+    """The compiler's account of one device, with sizes in bytes."""
 
     parameters: float
     moments: float
@@ -36,13 +36,13 @@ class Account:
     """Activations, gradients and gathered parameters."""
     peak: float
     accessed: float
-    """Read and written in a step, or in a part of it if there are several, without what
-    is moved ahead of its use."""
+    """Read and written in a step, or in one of its accumulated parts, without
+    prefetches."""
     collectives: Mapping[str, Collective]
 
 
 def account(config: TrainConfig[Any], topology: str) -> Account:
-    """Compiles the training step for a slice, and collects the compiler's account."""
+    """Compile the training step for a slice, and collect the compiler's account."""
     engine = make_engine(config, topology_devices(topology))
     step = engine.lower_train_step(engine.batch_like).compile()
     memory: Any = step.memory_analysis()
@@ -57,10 +57,10 @@ def account(config: TrainConfig[Any], topology: str) -> Account:
 
 
 def evaluation_peaks(config: TrainConfig[Any], topology: str) -> dict[str, float]:
-    """Compiles the evaluations; returns the peak memory of each, in bytes.
+    """Compile the evaluations, and return the peak memory of each in bytes.
 
-    The optimizer's state is on the devices meanwhile, whether a program takes it or
-    not.
+    This includes the optimizer state, which stays on the devices even if a program does
+    not use it.
     """
     engine = make_engine(config, topology_devices(topology))
     batch = engine.batch_like
@@ -92,11 +92,11 @@ def _bytes_per_device(tree: Any) -> int:
 
 
 def _accessed(engine: Engine) -> float:
-    """Returns the bytes that a step accesses.
+    """Compute the bytes that a step accesses.
 
-    The compiler counts the body of a loop once, however often it runs. The same step
-    with two layers in each iteration tells how much a layer is. A short loop it may
-    take apart, so a few layers are counted one by one.
+    The compiler counts the body of a loop once, however often it runs. Compiling the
+    step with two layers per iteration shows the cost of one layer. The compiler may
+    unroll a short loop, so a small number of layers is unrolled completely.
     """
     task = engine.config.task
 
@@ -113,7 +113,7 @@ def _accessed(engine: Engine) -> float:
         depth = task.layers[name]
         if unrolled < depth:
             two = accessed({**once, name: 2})
-            # An odd layer is outside of the loop.
+            # With an odd number of layers, one is outside the loop.
             total += (depth - 1) * (two - one) / (1 + depth % 2)
     return total
 
@@ -126,14 +126,14 @@ def compile_only(
     """Compile the training step for a TPU slice, and print its memory and traffic.
 
     Args:
-        topology: kind of TPU and arrangement of its chips, as in v5e:4x4.
-        config: the run.
+        topology: TPU type and chip layout, as in v5e:4x4.
+        config: the configuration of the run.
     """
-    jax.config.update("jax_platforms", "cpu")  # A TPU of this machine stays free.
+    jax.config.update("jax_platforms", "cpu")  # Leave a local TPU free.
     task = config.task
     print(
         f"Compiling a step of {task.describe()} with {config.optimizer.title}, "
-        f"{count_parameters(task):,} parameters, for {topology}: it takes a few "
+        f"{count_parameters(task):,} parameters, for {topology}. This takes a few "
         "minutes.",
         flush=True,
     )
@@ -143,8 +143,8 @@ def compile_only(
         ("parameters", _gib(found.parameters)),
         ("optimizer's state", _gib(found.moments)),
         ("activations, gradients, gathered parameters", _gib(found.temporaries)),
-        ("all of these", _gib(found.parameters + found.moments + found.temporaries)),
-        ("peak, by the compiler", _gib(found.peak)),
+        ("total", _gib(found.parameters + found.moments + found.temporaries)),
+        ("peak reported by the compiler", _gib(found.peak)),
         *(
             (f"peak for the {what}", _gib(peak))
             for what, peak in evaluation_peaks(config, topology).items()
@@ -156,8 +156,8 @@ def compile_only(
         (name, f"{c.times}", f"{c.bytes / 1e9:.3f} GB")
         for name, c in sorted(found.collectives.items())
     ]
-    print("\n" + markdown_table(sent, ("in a step", "times", "results")))
-    print(f"\nThe model's FLOPs in a step, of all devices: {task.flops():.3g}")
+    print("\n" + markdown_table(sent, ("in a step", "count", "size of results")))
+    print(f"\nModel FLOPs per step, over all devices: {task.flops():.3g}")
 
 
 def _gib(size: float) -> str:

@@ -1,4 +1,4 @@
-"""The settings of a run: a task's, an optimizer's, and the program's own."""
+"""The settings of a run: task, optimizer and training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -17,52 +17,51 @@ T = TypeVar("T", bound=Task)
 
 @dataclass(frozen=True)
 class TrainConfig(Generic[T]):
-    """One training run."""
+    """The configuration of a training run."""
 
     task: T
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int = 600
-    """Training steps."""
+    """Number of training steps."""
     accumulate: int = 1
-    """Parts into which a batch is cut, one after the other, to save memory; the
-    gradient is their mean."""
+    """Number of parts into which each batch is split, to save memory; gradients are
+    accumulated over the parts and averaged."""
     log_every: int = 25
-    """Steps between two writings of the log, which has a line for every step."""
+    """Steps between log writes. The log has a line for every step."""
     eval_every: int = 25
-    """Steps between two measurements of the validation loss."""
+    """Steps between evaluations on the validation data."""
     checkpoint_every: int = 100
-    """Steps between two checkpoints, a multiple of eval_every."""
+    """Steps between checkpoints, a multiple of eval_every."""
     keep: int = 2
-    """How many of the newest checkpoints are kept, beside the best."""
+    """Number of newest checkpoints to keep, besides the best."""
     mesh: tuple[int, int, int] | None = None
-    """Devices along the axes data, fsdp and tensor. Each example of a batch is on one
-    device of data x fsdp; parameters are split over fsdp x tensor. Not given: all
-    devices on fsdp."""
+    """Number of devices along the axes data, fsdp and tensor. Batches are split over
+    data x fsdp, parameters over fsdp x tensor. Defaults to all devices on fsdp."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights and the data order."""
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Begin with the weights of another run of the same model, by its directory: those
-    of its newest checkpoint. Steps, data and optimizer begin anew. Some experiments
-    take models in other formats, too; their pages say which."""
+    """Directory of another run of the same model, whose newest checkpoint provides the
+    initial weights. Steps, data and optimizer state start from scratch. Some
+    experiments also accept other model formats; see their documentation."""
 
     @property
     def learning_rate(self) -> float:
-        """The peak of the schedule, given or the task's default.
+        """The peak learning rate: the given one, or the task's default.
 
         Raises:
-            InputError: where there is neither.
+            InputError: if there is neither.
         """
         name, given = self.optimizer.optimizer, self.optimizer.learning_rate
         rate = self.task.default_learning_rate(name) if given is None else given
         if rate is None:
             raise InputError(
                 f"learning_rate: there is no default for {OPTIMIZERS[name].title} and "
-                "this model; give one"
+                "this model; pass --learning-rate."
             )
         return rate
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Validate the settings."""
         for name in (
             "steps",
             "accumulate",
@@ -74,47 +73,47 @@ class TrainConfig(Generic[T]):
             require_positive(name, getattr(self, name))
         require(
             self.checkpoint_every % self.eval_every == 0,
-            f"checkpoint_every ({self.checkpoint_every}) is not a multiple of "
-            f"eval_every ({self.eval_every}): a checkpoint is judged by its validation "
-            "loss",
+            f"checkpoint_every ({self.checkpoint_every}) must be a multiple of "
+            f"eval_every ({self.eval_every}), because checkpoints are ranked by their "
+            "validation loss.",
         )
         require(
             self.mesh is None or len(self.mesh) == 3,
-            f"mesh is {self.mesh}: give a size for data, fsdp and tensor",
+            f"mesh must have three sizes, for data, fsdp and tensor, got {self.mesh}.",
         )
         for size in self.mesh or ():
             require_positive("mesh", size)
         require(
             self.task.data.batch_size % self.accumulate == 0,
-            f"accumulate ({self.accumulate}) does not divide batch_size "
-            f"({self.task.data.batch_size})",
+            f"accumulate ({self.accumulate}) must divide batch_size "
+            f"({self.task.data.batch_size}).",
         )
         require(
             0 <= self.seed < 2**32,
-            f"seed is {self.seed}: it has to be at least 0 and below 2**32",
+            f"seed must be at least 0 and below 2**32, got {self.seed}.",
         )
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """Lists all settings by name, those of nested dataclasses among them."""
+    """Return all settings by name, including those of nested dataclasses."""
     return {f.name: getattr(owner, f.name) for owner, f in _fields(config)}
 
 
 def identity(config: TrainConfig[Any]) -> dict[str, Any]:
-    """Returns the settings that must be equal for a run to resume."""
+    """Return the settings that must not change when a run resumes."""
     free = {"mesh", "keep", "checkpoint_every"} | config.task.free
     return {k: value for k, value in settings(config).items() if k not in free}
 
 
 def with_settings(config: Any, values: dict[str, str]) -> Any:
-    """Changes settings, given as text, whichever nested dataclass they belong to.
+    """Change settings, given as text, in whichever nested dataclass has them.
 
     Raises:
-        InputError: for a name that is no setting, and a text that is not of its type.
+        InputError: if a name is not a setting, or a text does not fit its type.
     """
     known = settings(config)
     for name in values:
-        require(name in known, f"{name}: there is no such setting; see --help")
+        require(name in known, f"{name} is not a setting; see --help.")
     return _replaced(config, values)
 
 
@@ -131,7 +130,7 @@ def _replaced(config: Any, values: dict[str, str]) -> Any:
 
 
 def _parsed(name: str, text: str, kind: Any) -> Any:
-    """Parses a value of a type; the items of a sequence are separated by spaces."""
+    """Parse a value of a type; the items of a sequence are separated by spaces."""
     is_none = text.lower() == "none"
     adapter: Any = pydantic.TypeAdapter(kind)
     try:
@@ -141,7 +140,7 @@ def _parsed(name: str, text: str, kind: Any) -> Any:
     try:
         return adapter.validate_python([] if is_none else text.split())
     except pydantic.ValidationError as error:
-        raise InputError(f"{name}: cannot be {text!r} ({why})") from error
+        raise InputError(f"{name}: invalid value {text!r} ({why}).") from error
 
 
 def _fields(config: Any) -> Iterator[tuple[Any, Any]]:
@@ -154,22 +153,22 @@ def _fields(config: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def to_json(config: TrainConfig[Any]) -> str:
-    """Writes a configuration so that ``from_json`` reads it back."""
+    """Serialize a configuration as JSON for ``from_json``."""
     kind: Any = TrainConfig[type(config.task)]  # type: ignore[misc]
     adapter = pydantic.TypeAdapter(kind)
     return adapter.dump_json(config, indent=2).decode() + "\n"
 
 
 def from_json(text: str, source: str, task: type[T]) -> TrainConfig[T]:
-    """Reads what ``to_json`` wrote. A setting that is not there has its default.
+    """Parse the output of ``to_json``. Missing settings have their defaults.
 
     Args:
         text: the JSON.
-        source: where it comes from, for messages.
+        source: the source of the text, for error messages.
         task: the class of the task.
 
     Raises:
-        InputError: for anything else, naming the source and what is wrong with it.
+        InputError: if the text is not a configuration, naming the source and errors.
     """
     adapter = pydantic.TypeAdapter(TrainConfig[task])  # type: ignore[valid-type]
     try:
@@ -177,10 +176,11 @@ def from_json(text: str, source: str, task: type[T]) -> TrainConfig[T]:
     except pydantic.ValidationError as error:
         wrong = [
             ": ".join([*[".".join(map(str, e["loc"]))] * bool(e["loc"]), e["msg"]])
-            # What pydantic says before the message of a __post_init__.
+            # Pydantic's prefix of errors from __post_init__.
             .replace("Value error, ", "")
+            .removesuffix(".")
             for e in error.errors()
         ]
         raise InputError(
-            f"{source} is not the configuration of a run: {'; '.join(wrong)}"
+            f"{source} is not the configuration of a run: {'; '.join(wrong)}."
         ) from error

@@ -34,7 +34,7 @@ class Programs(NamedTuple):
 
 @dataclass(frozen=True)
 class Engine:
-    """A run's configuration and mesh, and the optimizer and programs they define.
+    """A run's configuration and mesh, with the optimizer and programs they define.
 
     Programs can be lowered for devices that are not attached.
     """
@@ -69,10 +69,10 @@ class Engine:
         )
 
     def make_state(self, params: Params | None = None) -> TrainState:
-        """Makes the initial state of a run, laid out over the mesh.
+        """Create the initial state of a run, sharded over the mesh.
 
         Args:
-            params: the weights to begin with, in the host's memory; drawn unless given.
+            params: the initial weights, in host memory; defaults to random weights.
         """
         if params is None:
             return jax.jit(self._init, out_shardings=self._layout)()
@@ -88,7 +88,7 @@ class Engine:
         return TrainState(params, init(params))
 
     def put_batch(self, rows: Batch) -> Batch:
-        """Makes one batch, split over the mesh, of the rows that each process has."""
+        """Assemble a batch, sharded over the mesh, from the rows of each process."""
         return self._put(rows, P(BATCH))
 
     def put_validation(self, rows: Batch) -> Batch:
@@ -96,7 +96,7 @@ class Engine:
         return self._put(rows, P(None, BATCH))
 
     def lower_train_step(self, batch: Batch) -> jax.stages.Lowered:
-        """Lowers the training step.
+        """Lower the training step.
 
         Args:
             batch: arrays, or their shapes, dtypes and shardings.
@@ -109,11 +109,11 @@ class Engine:
             ).lower(self.state_like, batch)
 
     def lower(self, batch: Batch, validation: Batch) -> Programs:
-        """Lowers all programs of a run.
+        """Lower all programs of a run.
 
         Args:
             batch: arrays, or their shapes, dtypes and shardings.
-            validation: likewise, all batches to evaluate on.
+            validation: all validation batches, in the same form.
         """
         task, parts = self.config.task, self.config.accumulate
         evaluate = make_evaluate(task, parts)
@@ -129,9 +129,9 @@ class Engine:
             )
 
     def compile(self, batch: Batch, validation: Batch) -> Programs:
-        """Compiles all programs before the timed loop.
+        """Compile all programs ahead of the timed training loop.
 
-        Runs that differ in their seeds or first weights share them.
+        Runs that differ only in seed or initial weights share the programs.
         """
         config = replace(self.config, seed=0, from_run=None)
         leaves, tree = jax.tree.flatten((batch, validation))
@@ -158,10 +158,10 @@ class Engine:
 def _compile(
     engine: Engine, tree: jax.tree_util.PyTreeDef, like: tuple[Any, ...]
 ) -> Programs:
-    """Compiles programs, unless the last few were the same.
+    """Compile programs, caching the last few.
 
     Args:
-        engine: the engine, with what does not matter to the programs left out.
+        engine: the engine, without settings that do not affect the programs.
         tree: the structure of a batch and the validation batches.
         like: shapes, dtypes and shardings of their leaves.
     """
@@ -170,31 +170,31 @@ def _compile(
 
 
 def make_engine(config: TrainConfig[Any], devices: Any = None) -> Engine:
-    """Makes the engine of a run.
+    """Build the engine of a run.
 
     Args:
-        config: the run.
-        devices: those to choose from; all there are unless given.
+        config: the configuration of the run.
+        devices: the devices to choose from; defaults to all devices.
 
     Raises:
-        InputError: for settings that do not fit each other or the devices.
+        InputError: if the settings do not fit each other or the devices.
     """
     if config.optimizer.exempt:
         _require_parameters(config)
     engine = Engine(config, make_mesh(config, devices))
-    engine.tx  # noqa: B018 (so that settings that do not fit are refused here)
+    engine.tx  # noqa: B018 (raises here if its settings are invalid)
     return engine
 
 
 def _require_parameters(config: TrainConfig[Any]) -> None:
-    """Checks that the parameters exempt from caution exist."""
+    """Check that the parameters exempt from caution exist."""
     names = by_name(jax.eval_shape(lambda: config.task.init(0)))
     known = {part for name in names for part in name.split(".")}
     for name in config.optimizer.exempt:
         require(
             name in known,
             f"exempt: there is no parameter {name!r}; choose from "
-            f"{', '.join(sorted(known))}",
+            f"{', '.join(sorted(known))}.",
         )
 
 
@@ -205,10 +205,11 @@ def _make_tx(config: TrainConfig[Any]) -> optax.GradientTransformation:
 
 
 def _measured(config: TrainConfig[Any]) -> optax.GradientTransformation:
-    """Makes the optimizer with the same state but neither caution nor decay.
+    """Build the optimizer for measuring the aligned fraction.
 
-    Caution changes what it judges, decay does not come from the gradient, and a
-    learning rate of zero leaves no sign.
+    It has the same state, but no caution, which would change the measured update, no
+    decay, which does not come from the gradient, and a constant learning rate, as one
+    of zero would erase the signs.
     """
     optimizer = replace(
         config.optimizer.without_caution(),

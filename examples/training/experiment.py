@@ -1,4 +1,4 @@
-"""What an experiment hands to the command line: a task, and its presets."""
+"""What an experiment provides to the command line: a task and its presets."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, make_dataclass
@@ -16,17 +16,17 @@ T = TypeVar("T", bound=Task)
 
 @dataclass(frozen=True)
 class Experiment(Generic[T]):
-    """A task, and where its settings start from."""
+    """A task and the presets of its settings."""
 
     task: type[T]
     presets: Mapping[str, TrainConfig[T]]
-    """Settings by name; the first is the default."""
+    """Configurations by name; the first is the default."""
     preset_help: str
-    """What each preset is."""
+    """Help text on the presets."""
     models: Mapping[str, Any]
     """Architectures by name."""
     with_model: Callable[[TrainConfig[T], str], TrainConfig[T]]
-    """Sets the architecture of that name, and what goes with it."""
+    """Function that sets the named architecture, and settings that depend on it."""
 
     @property
     def _default(self) -> str:
@@ -34,21 +34,21 @@ class Experiment(Generic[T]):
 
     @property
     def start(self) -> Any:
-        """The options from which all settings start, as a dataclass for tyro."""
+        """The options that choose the initial settings, as a dataclass for tyro."""
         preset: Any = tyro.extras.literal_type_from_choices(self.presets)
         model: Any = tyro.extras.literal_type_from_choices(self.models)
         options = [
             (
                 "preset",
                 preset | None,
-                f"{self.preset_help} Not given: {self._default}.",
+                f"{self.preset_help} Defaults to {self._default}.",
                 None,
             ),
-            ("model", model | None, "Not given: that of the preset.", None),
+            ("model", model | None, "Architecture. Defaults to the preset's.", None),
             (
                 "config_file",
                 Path | None,
-                "The config.json of an earlier run, in place of a preset.",
+                "The config.json of an earlier run, instead of a preset.",
                 None,
             ),
         ]
@@ -59,18 +59,18 @@ class Experiment(Generic[T]):
                 for name, kind, text, value in options
             ],
             namespace={
-                "__doc__": "Where the settings start; every other option then "
-                "changes one of them."
+                "__doc__": "The settings to start from; every other option overrides "
+                "one of them."
             },
             frozen=True,
         )
 
     def starting_config(self, start: Any) -> TrainConfig[T]:
-        """Makes the settings that hold where no other option changes them."""
+        """Return the settings before any other option overrides them."""
         if start.config_file is not None:
             require(
                 start.preset is None,
-                "preset: --config-file takes its place; give one of them",
+                "preset: cannot be combined with --config-file; pass only one of them.",
             )
             text = read_text("config_file", start.config_file)
             config = from_json(text, str(start.config_file), self.task)

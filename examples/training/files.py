@@ -1,4 +1,4 @@
-"""Files to train on: which of a directory, and which to keep for validation."""
+"""Data files: listing them, and splitting them into training and validation."""
 
 import sysconfig
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
 def standard_library() -> list[Path]:
-    """Lists the modules of Python's standard library, without its tests."""
+    """List the modules of Python's standard library, without its tests."""
     return [
         file
         for file in sorted(STANDARD_LIBRARY.rglob("*.py"))
@@ -18,7 +18,7 @@ def standard_library() -> list[Path]:
 
 
 def files_below(directory: Path) -> list[Path]:
-    """Lists the files of a directory and of all below it, without hidden ones."""
+    """List the files in a directory, recursively and without hidden ones."""
     files = sorted(file for file in directory.rglob("*") if file.is_file())
     hidden = [
         file
@@ -31,9 +31,9 @@ def files_below(directory: Path) -> list[Path]:
 
 
 def list_some(files: Sequence[Path], most: int = 3) -> str:
-    """Lists the first few files, and the number of the others."""
+    """Format the first few files and the number of the others."""
     names = ", ".join(map(str, files[:most]))
-    # A name may have bytes that cannot be printed.
+    # Names may contain bytes that cannot be printed.
     names = names.encode(errors="backslashreplace").decode()
     return names + f" and {len(files) - most} more" * (len(files) > most)
 
@@ -41,17 +41,17 @@ def list_some(files: Sequence[Path], most: int = 3) -> str:
 def split_hashes(
     hashes: Iterable[bytes], fraction: float
 ) -> tuple[list[bytes], list[bytes]]:
-    """Splits items into training and validation by their hashes.
+    """Split items into training and validation by their hashes.
 
-    The order of the hashes decides. Names and the order of reading do not matter, and a
-    new item moves at most one other between the two.
+    The split depends on the sorted hashes only, not on file names or reading order, and
+    a new item moves at most one other between the two sets.
 
     Args:
-        hashes: at least two, all different.
-        fraction: share of them to validate on; at least one is.
+        hashes: at least two distinct hashes.
+        fraction: fraction to validate on; at least one item is.
 
     Returns:
-        Those to train on and those to validate on.
+        The training hashes and the validation hashes.
     """
     ordered = sorted(hashes)
     count = min(max(1, round(fraction * len(ordered))), len(ordered) - 1)

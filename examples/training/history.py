@@ -1,4 +1,4 @@
-"""The runs of a comparison: their settings, their results, and statistics."""
+"""The runs of a comparison: settings, results and statistics."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from examples.training import log
 from examples.training.optimizers import title
 
 Point = tuple[tuple[str, str], ...]
-"""Names and values of the settings in which runs differ."""
+"""Names and values of the settings in which the runs differ."""
 
 
 class Side(NamedTuple):
@@ -28,12 +28,12 @@ class Side(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Its name in tables and figures."""
+        """The name in tables and figures."""
         return title(self.optimizer, self.caution)
 
 
 class Run(NamedTuple):
-    """What the runs of a comparison differ in."""
+    """The optimizer, settings and seed that identify a run in a comparison."""
 
     side: Side
     point: Point
@@ -41,15 +41,15 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of the directory."""
+        """The name of the run's directory."""
         caution = "cautious-" * self.side.caution
-        # A value may be a path.
+        # Quoted, because a value may be a path.
         settings = "".join(f"-{name}={quote(value, ' ')}" for name, value in self.point)
         return f"{caution}{self.side.optimizer}{settings}-seed{self.seed}"
 
 
 class Evaluation(NamedTuple):
-    """A point of a validation curve."""
+    """A point on a validation curve."""
 
     step: int
     loss: float
@@ -62,41 +62,39 @@ class History:
 
     run: Run
     losses: tuple[float, ...]
-    """Training loss of every step."""
+    """Training loss at every step."""
     evaluations: tuple[Evaluation, ...]
     seconds: tuple[float, ...]
-    """Mean time of a step, between each log write and the next."""
+    """Mean time per step, between consecutive log writes."""
     diverged_at: int | None = None
-    """The step at which the loss was not finite."""
+    """The step at which the loss was not finite, if any."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """What else was measured in the last evaluation, by name; none of a run that
-    diverged."""
+    """Scores of the last evaluation, by name; empty if the run diverged."""
     aligned_fractions: Mapping[str, np.ndarray] | None = None
-    """Of each parameter at each evaluation, ``[evaluations]`` or ``[evaluations,
-    L]``."""
+    """Aligned fractions by parameter, ``[evaluations]`` or ``[evaluations, L]``."""
 
     @property
     def final_loss(self) -> float:
-        """The last validation loss; infinite for a run that diverged."""
+        """The last validation loss; infinite if the run diverged."""
         return self.evaluations[-1].loss if self.diverged_at is None else float("inf")
 
     @property
     def seconds_per_step(self) -> float:
-        """Median time of a step, without the interval before the first log write."""
+        """Median time per step, excluding the interval before the first log write."""
         return statistics.median(self.seconds[1:] or self.seconds)
 
     @property
     def aligned_fraction(self) -> float:
-        """Mean over the evaluations."""
+        """Mean aligned fraction over the evaluations."""
         return statistics.fmean(e.aligned_fraction for e in self.evaluations)
 
 
 Group = tuple[History, ...]
-"""The runs of one side at one point, of all seeds."""
+"""The runs of one side at one point, over all seeds."""
 
 
 def read_history(run: Run, directory: Path) -> History:
-    """Reads the log of a run that is over."""
+    """Read the log of a finished run."""
     records = log.read(directory)
     evaluated = [r for r in records if np.isfinite(r.get("validation_loss", np.nan))]
     names = evaluated[0].get("aligned_fractions", {}) if evaluated else {}
@@ -120,14 +118,14 @@ def read_history(run: Run, directory: Path) -> History:
 
 
 def first_step_at(evaluations: Sequence[Evaluation], loss: float) -> float | None:
-    """Finds where a loss curve first reaches a value.
+    """Find the step at which a loss curve first reaches a value.
 
     Args:
-        evaluations: points of the curve, joined by straight lines.
-        loss: the value.
+        evaluations: points on the curve, which is interpolated linearly.
+        loss: the value to reach.
 
     Returns:
-        The step, with a fraction, or None if the curve stays above.
+        The fractional step, or None if the curve stays above the value.
     """
     if evaluations and evaluations[0].loss <= loss:
         return evaluations[0].step
@@ -139,9 +137,9 @@ def first_step_at(evaluations: Sequence[Evaluation], loss: float) -> float | Non
 
 
 def speed_up(base: History, cautious: History) -> float | None:
-    """Returns the base's steps over those that the other needs to reach its loss.
+    """Compute the ratio of the base's steps to those needed to reach its final loss.
 
-    None if it never does, or if the base diverged.
+    Return None if the cautious run never reaches it, or if the base diverged.
     """
     if base.diverged_at is not None:
         return None
@@ -150,7 +148,7 @@ def speed_up(base: History, cautious: History) -> float | None:
 
 
 def group(histories: Sequence[History]) -> dict[tuple[Side, Point], Group]:
-    """Groups the runs by side and point; a group has all seeds."""
+    """Group the runs by side and point, over all seeds."""
     groups: dict[tuple[Side, Point], Group] = {}
     for history in histories:
         key = history.run.side, history.run.point
@@ -159,19 +157,19 @@ def group(histories: Sequence[History]) -> dict[tuple[Side, Point], Group]:
 
 
 def mean_loss(histories: Group) -> float:
-    """Returns the mean final loss; infinite if a run diverged."""
+    """Compute the mean final loss; infinite if a run diverged."""
     return statistics.fmean(history.final_loss for history in histories)
 
 
 def best(histories: Sequence[History], side: Side) -> Group | None:
-    """Returns the runs at the point with the lowest mean final loss."""
+    """Return a side's runs at its point of lowest mean final loss, if finite."""
     of_side = [seeds for (own, _), seeds in group(histories).items() if own == side]
     chosen = min(of_side, key=mean_loss, default=())
     return chosen if chosen and np.isfinite(mean_loss(chosen)) else None
 
 
 def pairs(histories: Sequence[History]) -> list[tuple[Side, Side]]:
-    """Lists the optimizers that were trained both without and with caution."""
+    """List the optimizers that were trained both without and with caution."""
     sides = list(dict.fromkeys(history.run.side for history in histories))
     return [
         (Side(side.optimizer, False), side)
@@ -181,9 +179,9 @@ def pairs(histories: Sequence[History]) -> list[tuple[Side, Side]]:
 
 
 def base_of(group_: Group, groups: Mapping[tuple[Side, Point], Group]) -> Group | None:
-    """Finds the runs without caution at the same point.
+    """Find the runs without caution at the same point.
 
-    They have none of caution's own settings.
+    Their point lacks the settings that only caution has.
     """
     run = group_[0].run
     for (side, point), seeds in groups.items():
@@ -193,19 +191,19 @@ def base_of(group_: Group, groups: Mapping[tuple[Side, Point], Group]) -> Group 
 
 
 def by_seed(base: Group, other: Group) -> list[tuple[History, History]]:
-    """Pairs the runs of two groups that have the same seed."""
+    """Pair the runs of two groups by seed."""
     of_other = {history.run.seed: history for history in other}
     return [(b, of_other[b.run.seed]) for b in base if b.run.seed in of_other]
 
 
 def short_paths(histories: Sequence[History]) -> list[History]:
-    """Shortens the paths of the runs started from by their common directory."""
+    """Make ``from_run`` paths relative to their common directory."""
     name = "from_run"
     found = {dict(h.run.point)[name] for h in histories if name in dict(h.run.point)}
     paths = {value: Path(value) for value in found}
     try:
         shared = os.path.commonpath([path.parent for path in paths.values()])
-    except ValueError:  # Absolute and relative ones, or none at all.
+    except ValueError:  # Mixed absolute and relative paths, or none.
         return list(histories)
     short = {v: os.path.relpath(path, shared) for v, path in paths.items()}
     if len({*short.values()}) < len(short):
@@ -222,12 +220,12 @@ def short_paths(histories: Sequence[History]) -> list[History]:
 
 
 def write_point(point: Point) -> str:
-    """Writes a point of the grid as text."""
+    """Format a point, as in "learning rate 0.001, b1 0.9"."""
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in point)
 
 
 class Interval(NamedTuple):
-    """A mean, and its 95 % confidence interval."""
+    """A mean with its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -235,11 +233,11 @@ class Interval(NamedTuple):
 
 
 def paired_difference(base: Sequence[float], other: Sequence[float]) -> Interval:
-    """Returns the mean of other - base over pairs, by Student's t of the differences.
+    """Compute the mean of other - base over pairs, with Student's t interval.
 
     Args:
-        base: a value for each seed, of two seeds at least.
-        other: those of the same seeds.
+        base: one value per seed, for at least two seeds.
+        other: the values for the same seeds.
     """
     differences = [o - b for o, b in zip(other, base, strict=True)]
     count = len(differences)

@@ -1,4 +1,4 @@
-"""The log of a run: a line of JSON for every step, and TensorBoard's events."""
+"""The log of a run: a line of JSON per step, and TensorBoard events."""
 
 import json
 import math
@@ -13,16 +13,19 @@ from tensorboardX import SummaryWriter
 from examples.training.checks import require
 
 Record = dict[str, Any]
-"""What is known of a step. ``step``, counted from one, ``loss``, ``grad_norm``,
-``learning_rate`` and the task's metrics are there always; ``validation_loss``, its
-metrics, ``aligned_fraction``, ``aligned_fractions`` (of each parameter, by layers where
-they are stacked) and the task's ``scores``, if any, after an evaluation;
-``seconds_per_step``, the speed in the task's units and ``mfu`` where the log is
-written. ``diverged`` ends a run."""
+"""The log entry of a step.
+
+Always present are ``step`` (counted from one), ``loss``, ``grad_norm``,
+``learning_rate`` and the task's metrics. An evaluation adds ``validation_loss``, its
+metrics, ``aligned_fraction``, ``aligned_fractions`` (by parameter, and by layer where
+layers are stacked) and the task's ``scores``, if any. A log write adds
+``seconds_per_step``, the throughput in the task's units and, where the peak is known,
+``mfu``. ``diverged`` marks the last step of a run that diverged.
+"""
 
 FILE_NAME = "metrics.jsonl"
 
-# Dense bfloat16 FLOP/s of one device, from the vendors' data sheets.
+# Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets.
 _PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -39,17 +42,17 @@ _PEAK_FLOPS = {
 
 
 class Log:
-    """Writes records to a run's directory, in the process that is to do so."""
+    """The writer of a run's log. Only process 0 writes."""
 
     def __init__(self, directory: Path, step: int):
-        """Opens the log, and forgets what comes after a step.
+        """Open the log and drop all records after a step.
 
         Args:
-            directory: of the run.
-            step: the last step that is kept: that of the checkpoint to go on from.
+            directory: the directory of the run.
+            step: the last step to keep, that of the checkpoint to resume from.
 
         Raises:
-            InputError: for a log that ends before that step.
+            InputError: if the log ends before that step.
         """
         self._path = directory / FILE_NAME
         self._writes = jax.process_index() == 0
@@ -59,7 +62,7 @@ class Log:
         require(
             len(kept) == step,
             f"run_dir: {self._path} ends at step {len(kept)}, before the checkpoint of "
-            f"step {step}; choose another --run-dir",
+            f"step {step}; choose another --run-dir.",
         )
         partial = self._path.with_suffix(".partial")
         with partial.open("w") as file:
@@ -71,7 +74,7 @@ class Log:
         )
 
     def write(self, records: Iterable[Record]) -> None:
-        """Appends records, and returns when they are on the disk."""
+        """Append records, and return once they are on disk."""
         if not self._writes:
             return
         with self._path.open("a") as file:
@@ -83,13 +86,13 @@ class Log:
         self._events.flush()
 
     def close(self) -> None:
-        """Ends TensorBoard's thread."""
+        """Stop TensorBoard's writer thread."""
         if self._writes:
             self._events.close()
 
 
 def read(directory: Path) -> list[Record]:
-    """Reads a run's log. An incomplete last line is ignored."""
+    """Read a run's log, ignoring an incomplete last line."""
     path = directory / FILE_NAME
     if not path.exists():
         return []
@@ -98,7 +101,7 @@ def read(directory: Path) -> list[Record]:
 
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
-    """Lists the finite numbers of a record, those of each layer by its own name."""
+    """Yield the finite numbers of a record, each layer under its own name."""
     for name, value in record.items():
         if name == "scores":
             yield from ((f"{name}/{score}", x) for score, x in value.items())
@@ -114,7 +117,7 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
 
 
 def utilization(flops_per_second: float, devices: int) -> float | None:
-    """Returns the share of the devices' peak, where that is known."""
+    """Return the fraction of peak FLOP/s in use, or None if the peak is unknown."""
     peak = _PEAK_FLOPS.get(jax.devices()[0].device_kind)
     return None if peak is None else flops_per_second / (peak * devices)
 
@@ -125,7 +128,7 @@ def _parse(line: str) -> Record:
 
 
 def _line(record: Record) -> str:
-    # JSON has no word for what is not finite.
+    # JSON has no NaN or infinity.
     finite = {
         name: value if not isinstance(value, float) or math.isfinite(value) else None
         for name, value in record.items()

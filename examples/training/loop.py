@@ -45,22 +45,21 @@ def training(
     stop: Callable[[int], bool] = lambda step: False,
     profile: int = 0,
 ) -> Generator[list[log.Record]]:
-    """Trains a model in a directory, from where an earlier run in it has come.
+    """Train a model in a directory, resuming an earlier run there.
 
     Args:
-        config: the run.
-        run_dir: where the configuration, the log and the checkpoints are, or will be.
-        data: what to train on, as ``load_run_data`` makes it of the configuration.
-        stop: asked after each step, which it is given, whether to save and end.
-        profile: how many steps to trace, after the first; 0 for none.
+        config: the configuration of the run.
+        run_dir: the directory of the configuration, the log and the checkpoints.
+        data: the data, as returned by ``load_run_data``; loaded if not given.
+        stop: called with the step after each step; returns whether to save and stop.
+        profile: number of steps to trace, after the first; 0 for none.
 
     Yields:
-        The records of the steps before, where some were made in an earlier run, and
-        then those of each writing of the log. A run whose loss is no longer finite
-        ends.
+        The records of earlier steps, if the run resumes, and then those of each log
+        write. The run ends once its loss is not finite.
 
     Raises:
-        InputError: for settings with which it cannot run, before anything is computed.
+        InputError: if the run cannot start, before anything is computed.
     """
     engine = make_engine(config)
     require_same("settings", str(config.mesh), str(sorted(identity(config).items())))
@@ -75,8 +74,8 @@ def training(
             return
         with together():
             shared = shared_steps(config.optimizer, config.steps)
-            # The newest, the best, the one being written, and the one always kept,
-            # unless that is the last.
+            # The newest ones, the best, the one being written, and the one that is
+            # always kept, unless it is the last.
             count = config.keep + 2 + (shared not in (None, config.steps))
             require_space(run_dir, size(engine.state_like), count)
             directory = run_dir / CHECKPOINTS_NAME
@@ -138,22 +137,22 @@ def _steps(
     stop: Callable[[int], bool],
     trace: Callable[[int, Any], None],
 ) -> Iterator[tuple[list[log.Record], TrainState, bool]]:
-    """Takes the steps that are left.
+    """Run the remaining steps.
 
     Args:
-        engine: the run's.
-        programs: what it computes.
+        engine: the engine of the run.
+        programs: its compiled programs.
         state: the state after ``step`` steps.
-        step: how many have been taken.
+        step: number of steps taken.
         batch: the next batch.
-        batches: those after it.
-        validation: what to evaluate on.
-        stop: called after each step; returns whether to end.
-        trace: called after each step, with what the step measured.
+        batches: the batches after it.
+        validation: the validation batches.
+        stop: called with the step after each step; returns whether to stop.
+        trace: called after each step, with the step and its measurements.
 
     Yields:
-        The records since the last time, the state, and whether to save it. The state
-        is used up by the next step.
+        The new records, the state, and whether to save it. The state is donated to the
+        next step.
     """
     config, task = engine.config, engine.config.task
     schedule = make_schedule(config.optimizer, config.learning_rate, config.steps)
@@ -162,7 +161,7 @@ def _steps(
     speed.start(step)
     pending: list[tuple[int, Any]] = []
     while step < config.steps:
-        if pending:  # One step ahead at most, so that a signal waits for no more.
+        if pending:  # At most one step ahead, so that a signal takes effect soon.
             jax.block_until_ready(pending[-1])
         state, measured = programs.train_step(state, batch)
         step += 1
@@ -203,33 +202,34 @@ def _steps(
         yield records, state, saving
         if stopping or last:
             return
-        # After the save, which keeps the position in the data.
+        # After the save, which stores the position in the data.
         batch = engine.put_batch(next(batches))
         speed.start(step)
 
 
 def is_over(records: list[log.Record], steps: int) -> bool:
-    """Returns whether a run has taken all its steps, or has diverged."""
+    """Return whether a run has taken all its steps or has diverged."""
     return bool(records) and (
         records[-1]["step"] == steps or bool(records[-1].get("diverged"))
     )
 
 
 def load_run_data(config: TrainConfig[Any], source: Path | None = None) -> Data:
-    """Loads what this process trains on.
+    """Load the data of this process.
 
     Args:
-        config: the run.
-        source: what the data depend on: what the run starts from, or itself.
+        config: the configuration of the run.
+        source: where to find files that the data depend on: the source of the initial
+            weights, which is the default, or the run itself when it resumes.
 
     Raises:
-        InputError: for data that cannot be had or do not fit.
+        InputError: if the data cannot be loaded or do not fit the settings.
     """
     count = jax.process_count()
     require(
         config.task.data.batch_size % count == 0,
-        f"batch_size ({config.task.data.batch_size}) does not divide among {count} "
-        "processes: choose a multiple of their number",
+        f"batch_size ({config.task.data.batch_size}) must be a multiple of the number "
+        f"of processes ({count}).",
     )
     return config.task.load(
         config.seed, jax.process_index(), count, source or config.from_run
@@ -258,7 +258,7 @@ def _aligned(aligned: Aligned) -> log.Record:
 
 
 def _until_not_finite(records: list[log.Record]) -> list[log.Record]:
-    """Truncates records after the first loss that is not finite, if there is one."""
+    """Drop records after the first non-finite loss, and mark the last as diverged."""
     for i, record in enumerate(records):
         if not np.isfinite(record["loss"]):
             records = records[: i + 1]
@@ -271,17 +271,17 @@ def _until_not_finite(records: list[log.Record]) -> list[log.Record]:
 def _tracing(
     run_dir: Path, step: int, count: int
 ) -> Iterator[Callable[[int, Any], None]]:
-    """Writes a trace of some steps for TensorBoard and Perfetto.
+    """Trace some steps for TensorBoard and Perfetto.
 
-    Begins after the first step, which is slower than others.
+    The trace starts after the first step, which is slower than the others.
 
     Args:
-        run_dir: the traces go into its ``tensorboard``.
-        step: how many steps have been taken before.
-        count: how many to trace.
+        run_dir: the directory of the run; traces are written to ``tensorboard`` in it.
+        step: number of steps taken before.
+        count: number of steps to trace.
 
     Yields:
-        A function to call after each step, with what the step measured.
+        A function to call after each step, with the step and its measurements.
     """
     tracing = False
 
@@ -289,7 +289,7 @@ def _tracing(
         nonlocal tracing
         if at not in (step + 1, step + 1 + count) or not count:
             return
-        # A step is dispatched before it runs.
+        # Steps are dispatched asynchronously.
         jax.block_until_ready(measured)
         if tracing:
             jax.profiler.stop_trace()
@@ -305,7 +305,7 @@ def _tracing(
 
 
 class _Speed:
-    """Measures the steps between two writings of the log."""
+    """The speed between log writes."""
 
     def __init__(self, engine: Engine):
         self._task = engine.config.task

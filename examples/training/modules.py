@@ -1,4 +1,4 @@
-"""What transformers share: projections, attention's kernel, and what remat keeps."""
+"""Parts shared by transformers: projections, attention kernel and remat policy."""
 
 from functools import partial
 from typing import Any, Literal
@@ -11,13 +11,13 @@ from flax import nnx
 from examples.training.sharding import gather
 
 Axes = tuple[str | None, str | None]
-"""The axes of the mesh over which a kernel is split where it is used."""
+"""Mesh axes over which a kernel is split where it is used."""
 
 INTO: Axes = (None, "tensor")
-"""A projection whose outputs are split: to heads, inner features or a vocabulary."""
+"""A projection with split outputs: to heads, inner features or a vocabulary."""
 
 BACK: Axes = ("tensor", None)
-"""A projection back to the residual stream, whose inputs are split."""
+"""A projection back to the residual stream, with split inputs."""
 
 
 def linear(
@@ -31,18 +31,18 @@ def linear(
     use_bias: bool = False,
     output_dtype: jax.typing.DTypeLike | None = None,
 ) -> nnx.Linear:
-    """Makes a projection from ``[B, T, inputs]`` to ``[B, T, outputs]``.
+    """Build a projection from ``[B, T, inputs]`` to ``[B, T, outputs]``.
 
     Args:
-        inputs: features that come in.
-        outputs: features that go out.
-        dtype: the type computed in; parameters are float32.
-        kernel_init: draws the kernel, ``[inputs, outputs]``.
-        rngs: where it is drawn from.
-        axes: the axes of the mesh that the kernel is split over once it is gathered
-            over fsdp; None for one that is whole on every device.
-        use_bias: adds a bias, which is zero at first.
-        output_dtype: the type of the output; not given, the one computed in.
+        inputs: number of input features.
+        outputs: number of output features.
+        dtype: compute dtype; parameters are float32.
+        kernel_init: initializer of the kernel, ``[inputs, outputs]``.
+        rngs: random number generators.
+        axes: the mesh axes over which the kernel is split once it is gathered over
+            fsdp; None for a replicated kernel.
+        use_bias: whether to add a bias, initialized to zero.
+        output_dtype: dtype of the output; defaults to the compute dtype.
     """
     return nnx.Linear(
         inputs,
@@ -63,15 +63,15 @@ def _dot_flat(
     dimension_numbers: Any,
     **options: Any,
 ) -> jax.Array:
-    """Multiplies ``[B, T, D]`` by a matrix as if it were ``[B T, D]``.
+    """Multiply ``[B, T, D]`` by a matrix as if it were ``[B T, D]``.
 
-    The gradient of the kernel then contracts one axis and not two, for which XLA on a
-    CPU first transposes both operands. Elsewhere the reshape costs nothing.
+    The gradient of the kernel then contracts one axis instead of two, for which XLA on
+    a CPU would first transpose both operands. Elsewhere the reshape is free.
 
-    The kernel, by now in the type computed in, is gathered over fsdp here. Left to
-    itself, XLA may split the features of the activations in place of the sequences.
+    The kernel, already cast to the compute dtype, is gathered over fsdp here.
+    Otherwise, XLA may split the features of the activations instead of the sequences.
     """
-    del dimension_numbers  # The last axis of x with the first of the kernel.
+    del dimension_numbers  # Always the last axis of x and the first of the kernel.
     if axes is not None:
         kernel = gather(kernel, axes)
     flat = x.reshape(-1, x.shape[-1])
@@ -80,12 +80,12 @@ def _dot_flat(
 
 
 def attention_implementation(query: jax.Array) -> Literal["cudnn"] | None:
-    """Chooses cuDNN's flash attention where it has one, and XLA's elsewhere.
+    """Choose cuDNN's flash attention where supported, and XLA's attention elsewhere.
 
     Args:
-        query: ``[B, T, N, H]``, as ``jax.nn.dot_product_attention`` gets it.
+        query: ``[B, T, N, H]``, as passed to ``jax.nn.dot_product_attention``.
     """
-    # A GPU may be one of AMD's; cuDNN has no kernel for other dtypes and heads.
+    # cuDNN needs an NVIDIA GPU, and has no kernel for other dtypes and head sizes.
     on_cuda = "cuda" in jax.extend.backend.get_backend().platform_version
     head_dim = query.shape[-1]
     fits = query.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
@@ -93,9 +93,9 @@ def attention_implementation(query: jax.Array) -> Literal["cudnn"] | None:
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Saves everything for the backward pass except cast and gathered kernels.
+    """Save everything for the backward pass except cast and gathered kernels.
 
-    A policy for ``jax.checkpoint``. If they were saved, the kernels of all layers would
-    be on every device at once.
+    A policy for ``jax.checkpoint``. If these were saved, every device would hold the
+    kernels of all layers at once.
     """
     return primitive.name not in ("sharding_constraint", "convert_element_type")

@@ -1,4 +1,4 @@
-"""The optimizers: a table with one row for each, their settings and schedules."""
+"""The optimizers: a table with a row for each, settings and schedules."""
 
 import inspect
 import math
@@ -26,13 +26,13 @@ class Optimizer:
     """A row of the table."""
 
     title: str
-    """Its name in tables and figures."""
+    """Name in tables and figures."""
     base: _Constructor
-    """Without caution."""
+    """Constructor without caution."""
     cautious: _Constructor | None = None
-    """With caution; None for one that ``with_caution`` wraps."""
+    """Constructor with caution; None to wrap the base in ``with_caution``."""
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Its own names for settings, where they differ."""
+    """The optimizer's own names of settings, where they differ."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Options that are always set."""
     unit_steps: bool = True
@@ -42,7 +42,7 @@ class Optimizer:
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer("AdamW", optax.adamw, optax_cautious.cautious_adamw),
     "lion": Optimizer("Lion", optax.lion, optax_cautious.cautious_lion),
-    # Without momentum, SGD and Adafactor follow the gradient's sign already.
+    # Without momentum, SGD and Adafactor already follow the gradient's sign.
     "sgd": Optimizer(
         "SGD",
         optax.sgd,
@@ -51,8 +51,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
         fixed={"momentum": 0.9},
         unit_steps=False,
     ),
-    # Its updates are scaled to the size of AdamW's, which moves what is outside the
-    # layers; the scales of norms it leaves to Adam.
+    # Its updates are scaled to the size of AdamW's, which updates everything outside
+    # the layers. Within the layers, Muon leaves norm scales to Adam.
     "muon": Optimizer(
         "Muon",
         optax.contrib.muon,
@@ -87,77 +87,77 @@ ScheduleName = Literal["cosine", "linear", "constant", "warmup-stable-decay"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, caution, and the schedule of the learning rate.
+    """The optimizer, caution, and the learning-rate schedule.
 
-    Where a value is not given, it is the optimizer's own.
+    Values that are not given are the optimizer's own defaults.
     """
 
     optimizer: OptimizerName = "adamw"
-    """The optimizer."""
+    """Name of the optimizer."""
     caution: bool = True
-    """Move a parameter only where the optimizer's update agrees with the gradient."""
+    """Update parameters only where the update agrees with the gradient."""
     learning_rate: float | None = None
-    """The peak of the schedule. Not given: the best of a sweep, where there was one for
-    this model and optimizer."""
+    """Peak learning rate. Defaults to the best of a sweep, if there was one for this
+    model and optimizer."""
     b1: float | None = None
-    """Decay of the momentum; for Lion, the momentum's share in the update."""
+    """Decay of the momentum; for Lion, weight of the momentum in the update."""
     b2: float | None = None
     """Decay of the second moment; for Lion, of the momentum."""
     eps: float | None = None
-    """What is added to the denominator."""
+    """Constant added to the denominator."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices; never masked by caution."""
     max_grad_norm: float | None = 1.0
-    """Gradients with a larger global norm are scaled down to it."""
+    """Global norm to which larger gradients are clipped."""
     schedule: ScheduleName = "cosine"
-    """The learning rate after the warm-up: down a cosine or a line to its final value,
-    constant, or constant and then down a line."""
+    """Learning-rate schedule after the warm-up: cosine or linear decay to the final
+    value, constant, or constant followed by linear decay."""
     warmup_fraction: float = 0.1
-    """Share of the steps in which the learning rate grows from zero."""
+    """Fraction of the steps over which the learning rate grows from zero."""
     decay_fraction: float = 0.2
-    """For warmup-stable-decay: share of the steps in which it falls at the end."""
+    """For warmup-stable-decay: fraction of the steps spent on the final decay."""
     final_fraction: float = 0.1
-    """Learning rate at the end, as a share of its peak; not for constant."""
+    """Final learning rate as a fraction of the peak; not for constant."""
     opposed_weight: float = 0.0
-    """Caution: weight of the coordinates whose update opposes the gradient."""
+    """Caution: weight of coordinates whose update opposes the gradient."""
     min_fraction: float = 1e-3
-    """Caution: the aligned fraction below which the update is not scaled up further."""
+    """Caution: aligned fraction below which the update is not scaled up further."""
     renormalize: Literal["clamp", "plus_one"] | None = "clamp"
-    """Caution: how the update is scaled up; None: not at all."""
+    """Caution: how to scale up the update; None: do not scale."""
     neutral: Literal["hold", "follow", "ignore"] = "hold"
-    """Caution: what happens where the update or the gradient is exactly zero."""
+    """Caution: what to do where the update or the gradient is exactly zero."""
     alignment: Literal["element", "leaf", "tree"] = "element"
-    """Caution: the unit whose agreement is judged: each element, each leaf, or each
+    """Caution: unit for which agreement is determined: each element, each leaf, or each
     tree (a layer, or everything outside the layers)."""
     caution_on: Literal["update", "momentum"] = "update"
-    """Caution, of Muon: whether it masks the orthogonalized momentum, or the momentum
-    before it is orthogonalized."""
+    """Caution, Muon only: mask the orthogonalized momentum (update), or the momentum
+    before orthogonalization (momentum)."""
     cautious_decay: bool = False
-    """Decay a weight only where that does not oppose its update. Works with caution and
-    without it."""
+    """Decay weights only where decay does not oppose the update. Works with and without
+    caution."""
     exempt: tuple[str, ...] = ()
-    """Caution: parameters, or what holds them, that are left to the optimizer without
-    it, by their names, as in ``--exempt embedding``."""
+    """Caution: names of parameters, or of modules, to update without caution, as in
+    ``--exempt embedding``."""
 
     @property
     def title(self) -> str:
-        """The optimizer's name for tables and figures."""
+        """The optimizer's name in tables and figures."""
         return title(self.optimizer, self.caution)
 
     @property
     def rule(self) -> dict[str, Any]:
-        """The options of caution, by the names that `optax_cautious` gives them."""
+        """The options of caution, by their names in `optax_cautious`."""
         return {name: getattr(self, name) for name in RULE}
 
     def without_caution(self) -> Self:
-        """Returns the optimizer alone: no caution, and nothing that would set it."""
+        """Return the configuration without caution and without its settings."""
         options: dict[str, Any] = {
             f.name: f.default for f in fields(self) if f.name in OF_CAUTION
         }
         return replace(self, caution=False, **options)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Validate the settings."""
         require_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
         for name in ("learning_rate", "max_grad_norm", "eps"):
             if getattr(self, name) is not None:
@@ -166,27 +166,25 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(
                 value is None or 0 <= value < 1,
-                f"{name} is {value}: it has to be at least 0 and below 1",
+                f"{name} must be at least 0 and below 1, got {value}.",
             )
         require(
             0 <= self.weight_decay < math.inf,
-            f"weight_decay is {self.weight_decay}: it has to be at least 0",
+            f"weight_decay must be at least 0, got {self.weight_decay}.",
         )
         for name in ("decay_fraction", "final_fraction"):
             value = getattr(self, name)
-            require(
-                0 <= value <= 1, f"{name} is {value}: it has to lie between 0 and 1"
-            )
+            require(0 <= value <= 1, f"{name} must be between 0 and 1, got {value}.")
         require(
             self.schedule != "warmup-stable-decay"
             or self.warmup_fraction + self.decay_fraction <= 1,
-            f"decay_fraction is {self.decay_fraction}: with a warmup_fraction of "
-            f"{self.warmup_fraction} they exceed the whole run",
+            f"decay_fraction ({self.decay_fraction}) and warmup_fraction "
+            f"({self.warmup_fraction}) must not sum to more than 1.",
         )
         require(
             self.caution_on == "update" or self.optimizer == "muon",
-            f"caution_on is {self.caution_on}: only Muon orthogonalizes its momentum; "
-            "give --optimizer muon",
+            f"caution_on {self.caution_on!r} requires Muon, which orthogonalizes its "
+            "momentum; pass --optimizer muon.",
         )
         given = [
             f.name
@@ -195,19 +193,19 @@ class OptimizerConfig:
         ]
         require(
             self.caution or not given,
-            f"{', '.join(given)}: only caution has these settings; give --caution",
+            f"{', '.join(given)} can only be set with caution; pass --caution.",
         )
 
 
 RULE = ("opposed_weight", "min_fraction", "renormalize", "neutral", "alignment")
-"""Settings of caution by the names that `optax_cautious` gives them."""
+"""Settings of caution, by their names in `optax_cautious`."""
 
 OF_CAUTION = (*RULE, "caution_on", "exempt")
-"""Settings that only a cautious optimizer has."""
+"""Settings that only cautious optimizers have."""
 
 
 def title(optimizer: str, caution: bool) -> str:
-    """Returns an optimizer's name for tables and figures."""
+    """Return an optimizer's name for tables and figures."""
     return "cautious " * caution + OPTIMIZERS[optimizer].title
 
 
@@ -217,10 +215,10 @@ def make_optimizer(
     stacked: Iterable[str] = (),
     not_decayed: frozenset[str] = frozenset(),
 ) -> optax.GradientTransformation:
-    """Makes an optimizer that clips, steps and decays.
+    """Build an optimizer with gradient clipping, weight decay and a schedule.
 
-    With ``u`` the update of the optimizer proper at a learning rate of 1, cautious or
-    not, and the learning rate ``lr`` of the step::
+    With ``u`` the update of the optimizer itself at a learning rate of 1, cautious or
+    not, and ``lr`` the learning rate of the step::
 
         p <- p + lr * (u - weight_decay * p)
 
@@ -228,13 +226,13 @@ def make_optimizer(
     global norm.
 
     Args:
-        config: its name and its settings.
+        config: the name and the settings of the optimizer.
         schedule: the learning rate of each step.
-        stacked: children of the parameters that stack layers.
-        not_decayed: names of parameters that do not decay, or of what holds them.
+        stacked: top-level names of parameters that stack layers.
+        not_decayed: names of parameters, or of modules, exempt from weight decay.
 
     Raises:
-        InputError: for a setting that the optimizer does not have.
+        InputError: if the optimizer does not have one of the settings.
     """
 
     def decays(params: Any) -> Any:
@@ -246,9 +244,9 @@ def make_optimizer(
             config.weight_decay, decays, direction="descent"
         )
     else:
-        # The update is to be added by now, so decay is negative.
+        # The update is already in the descent direction, so decay is negative.
         decay = optax.add_decayed_weights(-config.weight_decay, mask=decays)
-    # The names within a stack do not say which stack it is.
+    # Paths within a stack do not include the name of the stack.
     of_stacks = {
         name: config.without_caution() if name in config.exempt else config
         for name in stacked
@@ -256,7 +254,7 @@ def make_optimizer(
     parts = [
         per_layer(
             {name: _direction(of_stack) for name, of_stack in of_stacks.items()},
-            _direction_of_the_rest(config),
+            _rest_direction(config),
         ),
         decay,
         optax.scale_by_schedule(schedule),
@@ -267,11 +265,11 @@ def make_optimizer(
 
 
 def make_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-    """Makes the learning rate: a linear warm-up, and what follows it.
+    """Build the learning-rate schedule: linear warm-up, then the schedule by name.
 
     Args:
-        config: the schedule's name and its fractions.
-        peak: the highest learning rate.
+        config: the name of the schedule and its fractions.
+        peak: the peak learning rate.
         steps: length of the schedule.
     """
     warmup, end = int(config.warmup_fraction * steps), config.final_fraction * peak
@@ -287,10 +285,10 @@ def make_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Sch
 
 
 def shared_steps(config: OptimizerConfig, steps: int) -> int | None:
-    """Returns how many steps a longer run shares, but for the warm-up.
+    """Return how many steps a run shares with a longer one, except for the warm-up.
 
-    That is up to where the learning rate falls; None where it depends on the length
-    from the beginning.
+    These are the steps before the learning rate decays. Return None if the learning
+    rate depends on the length of the run from the start.
     """
     if config.schedule == "constant":
         return steps
@@ -300,7 +298,7 @@ def shared_steps(config: OptimizerConfig, steps: int) -> int | None:
 
 
 class PerLayerState(NamedTuple):
-    """The states for the children that stack layers, stacked likewise, and the rest."""
+    """Optimizer states: one per stack of layers, also stacked, and one for the rest."""
 
     stacks: dict[str, optax.OptState]
     rest: optax.OptState
@@ -310,22 +308,22 @@ def per_layer(
     txs: Mapping[str, optax.GradientTransformation],
     rest_tx: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Shows an optimizer the parameters of each layer as leaves of their own.
+    """Present the parameters of each layer to an optimizer as separate leaves.
 
-    A model stacks the parameters of its layers for a scan. An optimizer takes such a
-    stack for one leaf, and what goes by the leaf, like caution's aligned fraction and
-    LAMB's trust ratio, would be one for all layers. ``jax.vmap`` over the stack undoes
-    that, and moves nothing in memory.
+    A model stacks the parameters of its layers for a scan. An optimizer treats such a
+    stack as one leaf, so quantities computed per leaf, such as caution's aligned
+    fraction and LAMB's trust ratio, would be shared by all layers. ``jax.vmap`` over
+    the stack makes them per layer without moving anything in memory.
 
     Args:
-        txs: for each child of the parameters that has a leading axis of layers in each
-            leaf, the transformation of a layer.
-        rest_tx: the one for all else.
+        txs: the transformation of a layer, for each top-level name of parameters whose
+            leaves have a leading axis of layers.
+        rest_tx: the transformation of all other parameters.
     """
 
     def state_axes(tx: optax.GradientTransformation, stack: Any) -> Any:
-        # A step count is one for all layers. As a vector of them, it would make Adam's
-        # bias correction an array as large as the parameters.
+        # All layers share a step count. A vector of counts would make Adam's bias
+        # correction an array as large as the parameters.
         layer = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], stack))
         return jax.tree.map(
             lambda leaf: 0 if leaf.ndim else None, jax.eval_shape(tx.init, layer)
@@ -359,7 +357,7 @@ def per_layer(
 
 
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Makes the optimizer without decay, at a learning rate of 1."""
+    """Build the optimizer without decay, at a learning rate of 1."""
     name = config.optimizer
     row = OPTIMIZERS[name]
     parameters = inspect.signature(row.base).parameters
@@ -371,7 +369,7 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
         if value is None:
             continue
         for own_name in row.names.get(setting, (setting,)):
-            require(own_name in parameters, f"{setting}: {name} has no such setting")
+            require(own_name in parameters, f"{setting} is not a setting of {name}.")
             options[own_name] = value
     if not config.caution:
         return row.base(1.0, **options)
@@ -383,12 +381,12 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
             return row.cautious(1.0, **options, **config.rule, caution_mask=mask)
         base = row.base(1.0, **options)
         return optax_cautious.with_caution(base, **config.rule, mask=mask)
-    except ValueError as error:  # Of an option of caution, which it names.
+    except ValueError as error:  # Names the invalid option of caution.
         raise InputError(str(error)) from error
 
 
-def _direction_of_the_rest(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Makes the optimizer for everything outside the layers: AdamW in place of Muon."""
+def _rest_direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Build the optimizer for parameters outside the layers: AdamW instead of Muon."""
     if config.optimizer == "muon":
         config = replace(config, optimizer="adamw", caution_on="update")
     return _direction(config)
@@ -399,7 +397,7 @@ def _not_exempt(exempt: tuple[str, ...]) -> Callable[[Any], Any]:
 
 
 def _where(params: Any, holds: Callable[[set[str]], bool]) -> Any:
-    """Returns a tree of bools: whether a predicate holds of the names on each path."""
+    """Return a tree of bools: whether a predicate holds for the names on each path."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: holds({str(getattr(key, "key", key)) for key in path}), params
     )

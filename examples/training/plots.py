@@ -1,4 +1,4 @@
-"""The pictures of a comparison: curves, final losses, and aligned fractions."""
+"""The figures of a comparison: curves, final losses and aligned fractions."""
 
 import itertools
 import statistics
@@ -28,16 +28,16 @@ def plot(
     path: Path,
     curves: Sequence[History] | None = None,
 ) -> None:
-    """Draws the validation curves, and the final losses over what was swept.
+    """Plot the validation curves, and the final losses over the swept settings.
 
-    Each curve is that of a side's best point, the mean of all seeds in the range that
-    they span. Beside it are the final losses over one swept setting, or over two as a
-    map of colours for each side, on one scale.
+    Each curve is the mean over the seeds at a side's best point, shaded over their
+    range. Next to the curves are the final losses over one swept setting, or, over two,
+    a heat map per side on a common color scale.
 
     Args:
         histories: the runs.
         path: the file to write.
-        curves: the runs whose curves to draw, where they are others.
+        curves: the runs whose curves to plot, if they differ from ``histories``.
     """
     swept = _swept(histories)
     sides = list(_colors(histories)) if len(swept) > 1 else []
@@ -53,14 +53,14 @@ def plot(
 
 
 def _swept(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
-    """Lists the settings of which a side has several values, most values first."""
+    """List the settings with several values on one side, most values first."""
     values: dict[str, dict[str, None]] = {}
     of_side: dict[tuple[Side, str], set[str]] = {}
     for history in histories:
         for name, value in history.run.point:
             values.setdefault(name, {})[value] = None
             of_side.setdefault((history.run.side, name), set()).add(value)
-    # Optimizers may differ in their default learning rates: that is no sweep.
+    # Optimizers with different default learning rates are not a sweep.
     swept = {name for (_, name), found in of_side.items() if len(found) > 1}
     return sorted(
         ((name, list(found)) for name, found in values.items() if name in swept),
@@ -69,7 +69,7 @@ def _swept(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
 
 
 def _colors(histories: Sequence[History]) -> dict[Side, tuple[str, str]]:
-    """Chooses a color and a line for each side: dashed without caution."""
+    """Choose a color and a line style for each side, dashed without caution."""
     sides = list(dict.fromkeys(history.run.side for history in histories))
     optimizers = list(dict.fromkeys(side.optimizer for side in sides))
     return {
@@ -95,7 +95,7 @@ def _plot_curves(axes: Axes, histories: Sequence[History]) -> None:
             )
     for base, cautious in pairs(histories):
         _plot_arrow(axes, best(histories, base), best(histories, cautious))
-    if late:  # The steep beginning would flatten all the rest.
+    if late:  # The steep start would flatten the remaining curve.
         axes.set_ylim(top=max(late))
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
@@ -105,7 +105,7 @@ def _plot_curves(axes: Axes, histories: Sequence[History]) -> None:
 
 
 def _plot_arrow(axes: Axes, base: Group | None, cautious: Group | None) -> None:
-    """Draws the way from the base's last step to the one with the same loss."""
+    """Draw an arrow from the base's last step to the step with the same loss."""
     if base is None or cautious is None:
         return
     loss = mean_loss(base)
@@ -123,7 +123,7 @@ def _plot_arrow(axes: Axes, base: Group | None, cautious: Group | None) -> None:
         f"ratio of steps: {end / reached:.2f}",
         (reached, loss),
         textcoords="offset points",
-        xytext=(-6, -4),  # Falling curves leave this corner free.
+        xytext=(-6, -4),  # Decreasing curves leave this corner free.
         horizontalalignment="right",
         verticalalignment="top",
     )
@@ -166,20 +166,20 @@ def _plot_maps(
     sides: Sequence[Side],
     swept: Sequence[tuple[str, list[str]]],
 ) -> None:
-    """Draws the final losses over two settings; of a third, its best value is taken."""
+    """Plot the final losses over two settings, at the best value of any others."""
     (x_name, x_values), (y_name, y_values) = swept
-    # NaN where nothing was run, infinite where a run diverged.
+    # NaN where there is no run, infinite where a run diverged.
     maps = np.full((len(sides), len(y_values), len(x_values)), np.nan)
     for (side, point), seeds in group(histories).items():
         own = dict(point)
-        # What a side has not, like an option of caution, makes no difference to it.
+        # A setting that a side lacks, such as one of caution, does not affect it.
         xs = [x_values.index(own[x_name])] if x_name in own else range(len(x_values))
         ys = [y_values.index(own[y_name])] if y_name in own else range(len(y_values))
         for i, j in itertools.product(ys, xs):
             cell = sides.index(side), i, j
             maps[cell] = np.fmin(maps[cell], mean_loss(seeds))
     finite = maps[np.isfinite(maps)]
-    # Far from the best, one loss is as bad as another.
+    # Clip the color scale: differences between high losses do not matter.
     low = finite.min() if finite.size else 0.0
     high = max(np.quantile(finite, 0.8), low + 1e-6) if finite.size else 1.0
     for panel, side, losses in zip(axes, sides, maps, strict=True):
@@ -190,9 +190,9 @@ def _plot_maps(
             if np.isnan(loss):
                 continue
             shown = f"{loss:.3f}" if np.isfinite(loss) else "diverged"
-            dark = np.isfinite(loss) and loss < (low + high) / 2
+            on_light = np.isfinite(loss) and loss < (low + high) / 2
             panel.text(
-                j, i, shown, ha="center", va="center", color="w" if not dark else "k"
+                j, i, shown, ha="center", va="center", color="k" if on_light else "w"
             )
         panel.set_xticks(range(len(x_values)), x_values)
         panel.set_yticks(range(len(y_values)), y_values)
@@ -203,9 +203,10 @@ def _plot_maps(
 
 
 def plot_aligned(histories: Sequence[History], path: Path) -> None:
-    """Draws the aligned fraction of each parameter, by layers, over the steps.
+    """Plot the aligned fraction of each parameter, per layer, over the steps.
 
-    Of each side, the run at its best point with the first seed.
+    Each side is represented by the first seed at its best point. Without aligned
+    fractions, no file is written.
     """
     shown = [
         seeds[0]
@@ -237,7 +238,7 @@ def plot_aligned(histories: Sequence[History], path: Path) -> None:
 
 
 def _rows(fractions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Lists the fractions of each parameter over the evaluations, layer by layer."""
+    """Return the fractions over the evaluations, one row per parameter and layer."""
     rows = {}
     for name, values in fractions.items():
         short = name.removesuffix(".kernel").removesuffix(".scale")

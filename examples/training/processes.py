@@ -1,4 +1,4 @@
-"""What several processes do together: begin, agree on what they have, and end."""
+"""Coordination of several processes: startup, agreement and shutdown."""
 
 import hashlib
 import os
@@ -18,32 +18,32 @@ from examples.training.checks import InputError, require
 
 @dataclass(frozen=True)
 class Processes:
-    """How several processes find each other.
+    """The processes of a distributed run.
 
     On a TPU slice and under Slurm, --distributed is enough.
     """
 
     distributed: bool = False
-    """This is one of several processes, which train one model together."""
+    """Train one model with several processes, of which this is one."""
     coordinator: str | None = None
-    """Address and port of the first of them."""
+    """Address and port of the first process."""
     num_processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
     process_id: int | None = None
-    """Which this is, from 0."""
+    """Index of this process, from 0."""
 
     def join(self) -> None:
-        """Waits for the others.
+        """Wait for the other processes.
 
         Raises:
-            InputError: for an address or a number without ``distributed``, and where
-                the others are not found.
+            InputError: if an address or a number is given without ``distributed``, or
+                the other processes are not found.
         """
         given = (self.coordinator, self.num_processes, self.process_id)
         if not self.distributed:
             names = ("coordinator", "num_processes", "process_id")
             for name, value in zip(names, given, strict=True):
-                require(value is None, f"{name}: give --distributed, too")
+                require(value is None, f"{name} requires --distributed.")
             return
         try:
             jax.distributed.initialize(*given)
@@ -53,9 +53,9 @@ class Processes:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Ends all processes where an ``InputError`` ends one.
+    """Raise an ``InputError`` in all processes if one process raises one.
 
-    One that ended alone would leave the others waiting for it.
+    Otherwise, the others would wait for that process forever.
     """
     error = None
     try:
@@ -66,18 +66,18 @@ def together() -> Iterator[None]:
         failed = multihost_utils.process_allgather(np.array(error is not None))
         if error is None and failed.any():
             error = InputError(
-                f"process {int(np.argmax(failed))} cannot start; its message says why"
+                f"process {int(np.argmax(failed))} cannot start; see its error message."
             )
     if error is not None:
         raise error
 
 
 def require_same(name: str, *texts: str) -> None:
-    """Checks that all processes have the same of something.
+    """Check that some strings are the same in all processes.
 
     Args:
-        name: what it is, such as "data".
-        texts: what has to be equal.
+        name: what the strings describe, such as "data".
+        texts: the strings.
     """
     if jax.process_count() == 1:
         return
@@ -87,30 +87,30 @@ def require_same(name: str, *texts: str) -> None:
     require(
         not different.any(),
         f"{name}: process {int(np.argmax(different))} has different {name} from "
-        "process 0; give the same to all",
+        "process 0; pass the same to all processes.",
     )
 
 
 @contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
-    """Yields a function that returns, after a step, whether to save and stop.
+    """Yield a function that returns, after a step, whether to save and stop.
 
-    That is after SIGTERM or the first Ctrl-C; a second Ctrl-C ends the program at
-    once. With several processes, all of them stop after the same step.
+    It returns True after SIGTERM or the first Ctrl-C; a second Ctrl-C ends the program
+    immediately. If there are several processes, all stop after the same step.
     """
-    came = threading.Event()
+    received = threading.Event()
 
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGINT, before[signal.SIGINT])
         os.kill(os.getpid(), signal.SIGTERM)
-        # It may have come in the middle of a print, and to the reader of a pipe, too.
+        # Ctrl-C may interrupt a print, and may also end the reader of a pipe.
         with suppress(OSError):
-            os.write(2, b"\nStopping after this step; Ctrl-C once more ends at once.\n")
+            os.write(2, b"\nStopping after this step; press Ctrl-C again to exit.\n")
 
     handlers: dict[signal.Signals, Any] = {signal.SIGINT: interrupt}
     several = jax.process_count() > 1
-    if not several:  # Else JAX has its own, which tells the others.
-        handlers[signal.SIGTERM] = lambda *_: came.set()
+    if not several:  # Otherwise JAX's own handler informs all processes.
+        handlers[signal.SIGTERM] = lambda *_: received.set()
     before = {number: signal.getsignal(number) for number in handlers}
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -118,7 +118,7 @@ def preemption() -> Iterator[Callable[[int], bool]]:
         yield (
             multihost_utils.reached_preemption_sync_point
             if several
-            else lambda step: came.is_set()
+            else lambda step: received.is_set()
         )
     finally:
         for number, handler in before.items():

@@ -1,4 +1,4 @@
-"""The report of a comparison: its table, what follows from it, and its numbers."""
+"""The report of a comparison: its table, verdicts, curves and figures."""
 
 import csv
 import statistics
@@ -34,13 +34,13 @@ from examples.training.task import Task, count_parameters
 TEXT_NAME = "report.md"
 
 markdown_table = partial(tabulate, tablefmt="github", disable_numparse=True)
-"""Formats rows under a header, in Markdown."""
+"""Format rows and a header as a Markdown table."""
 
 
 def table(
     histories: Sequence[History], metrics: Mapping[str, Callable[[float], float]]
 ) -> str:
-    """Writes the results of each side at each point, in Markdown."""
+    """Format the results of each side at each point as a Markdown table."""
     groups = group(histories)
     names = list(dict.fromkeys(n for _, point in groups for n, _ in point))
     scores = score_names(histories)
@@ -50,7 +50,7 @@ def table(
         "validation loss",
         *metrics,
         *scores,
-        "seconds a step",
+        "seconds per step",
         "aligned fraction",
         "ratio of steps",
     )
@@ -85,16 +85,17 @@ def table(
 
 
 def score_names(histories: Sequence[History]) -> list[str]:
-    """Lists the scores that were measured beside the loss."""
+    """List the names of the scores reported besides the loss."""
     return list(dict.fromkeys(name for h in histories for name in h.scores))
 
 
 def score_differences(histories: Sequence[History]) -> str:
-    """Formats the differences in scores that caution makes, in Markdown.
+    """Format the effect of caution, and of two-valued settings, on the scores.
 
-    Likewise those that a setting makes that was swept over two values. Differences are
-    paired by seed, with all other settings equal. Empty without scores, or with one
-    seed.
+    The Markdown table has the differences in scores between runs with and without
+    caution, and between the values of each setting that was swept over exactly two.
+    Differences are paired by seed, with all other settings equal. Return an empty
+    string without scores or with a single seed.
     """
     rows = []
     for what, where, base, other in _score_pairs(group(histories)):
@@ -102,7 +103,7 @@ def score_differences(histories: Sequence[History]) -> str:
             both = [
                 (b.scores[name], o.scores[name])
                 for b, o in by_seed(base, other)
-                if name in b.scores and name in o.scores  # Not of one that diverged.
+                if name in b.scores and name in o.scores  # Diverged runs have none.
             ]
             if len(both) > 1:
                 rows.append((what, where, name, *_score_interval(both)))
@@ -113,7 +114,11 @@ def score_differences(histories: Sequence[History]) -> str:
 def _score_pairs(
     groups: Mapping[tuple[Side, Point], Group],
 ) -> Iterator[tuple[str, str, Group, Group]]:
-    """Yields the one difference, all else, and the two groups that differ in it."""
+    """Yield groups that differ in caution or one setting.
+
+    Yields:
+        The name of the difference, the settings in common, and the two groups.
+    """
     for (side, point), seeds in groups.items():
         base = base_of(seeds, groups) if side.caution else None
         if base is not None:
@@ -142,12 +147,12 @@ def _without(point: Point, name: str) -> Point:
 def _score_interval(both: Sequence[tuple[float, float]]) -> tuple[str, str, str]:
     base, other = zip(*both, strict=True)
     mean, low, high = paired_difference(base, other)
-    zero = ", no difference seen" * (low <= 0 <= high)
+    zero = " (includes zero)" * (low <= 0 <= high)
     return f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}{zero}", str(len(both))
 
 
 def verdicts(histories: Sequence[History]) -> list[str]:
-    """Returns sentences about the effect of caution at each optimizer's best."""
+    """Return sentences about the effect of caution at each optimizer's best point."""
     lines = []
     groups = group(histories)
     for base, cautious in pairs(histories):
@@ -155,8 +160,8 @@ def verdicts(histories: Sequence[History]) -> list[str]:
         if base_best is None or cautious_best is None:
             diverged = base if base_best is None else cautious
             lines.append(
-                f"{cautious.title} to {base.title}: no comparison, as {diverged.title} "
-                "diverged at every point, with one seed at least."
+                f"{cautious.title} against {base.title}: no comparison, because at "
+                f"every point {diverged.title} diverged with at least one seed."
             )
             continue
         there = [
@@ -175,16 +180,17 @@ def verdicts(histories: Sequence[History]) -> list[str]:
         if same is None or same[0].run != cautious_best[0].run:
             lines.append(
                 f"Each at its best on these seeds, "
-                f"{write_point(base_best[0].run.point)} of {_points(groups, base)} and "
-                f"{write_point(cautious_best[0].run.point)} of "
-                f"{_points(groups, cautious)}: "
+                f"{write_point(base_best[0].run.point)} (best of "
+                f"{_points(groups, base)}) and "
+                f"{write_point(cautious_best[0].run.point)} (best of "
+                f"{_points(groups, cautious)}): "
                 f"{_sentence(base_best, cautious_best)}"
             )
     return lines
 
 
 def _points(groups: Mapping[tuple[Side, Point], Group], side: Side) -> str:
-    """Writes at how many points a side was trained."""
+    """Format the number of points at which a side was trained."""
     count = sum(of_side == side for of_side, _ in groups)
     return f"{count} point{'s' * (count > 1)}"
 
@@ -198,7 +204,7 @@ def _sentence(base: Group, cautious: Group) -> str:
     if len(found) < len(reached):
         text = (
             f"{names[1]} did not reach {names[0]}'s final validation loss of "
-            f"{mean_loss(base):.4f} in {steps} steps with "
+            f"{mean_loss(base):.4f} within {steps} steps with "
             f"{len(reached) - len(found)} of {len(reached)} seeds."
         )
     else:
@@ -211,7 +217,7 @@ def _sentence(base: Group, cautious: Group) -> str:
 
 
 def _difference(both: Sequence[tuple[History, History]]) -> str:
-    """Describes the difference of the final losses, with its interval."""
+    """Describe the difference of the final losses and its confidence interval."""
     if len(both) < 2 or any(
         not np.isfinite(h.final_loss) for pair in both for h in pair
     ):
@@ -234,7 +240,7 @@ def _ratio(base: Group, cautious: Group) -> str:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Writes the mean, and the smallest and largest where there are several."""
+    """Format the mean, followed by the range if there are several values."""
     mean = f"{statistics.fmean(values):{form}}"
     if len(values) == 1:
         return mean
@@ -242,20 +248,22 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def text(histories: Sequence[History], configs: Sequence[TrainConfig[Any]]) -> str:
-    """Writes the setting, the table and what follows from it, in Markdown."""
+    """Format the setting, the table and the verdicts as Markdown."""
     task = configs[0].task
     parameters = _any_of(f"{count_parameters(task):,}" for task in _tasks(configs))
     steps = _any_of(config.steps for config in configs)
     batches = _any_of(task.describe() for task in _tasks(configs))
     seeds = sorted({history.run.seed for history in histories})
     differences = score_differences(histories)
-    several = "" if len(seeds) == 1 else "; of several seeds, the mean and the range"
+    of_seeds = f"seed {seeds[0]}"
+    if len(seeds) > 1:
+        of_seeds = f"seeds {', '.join(map(str, seeds))} (mean and range over the seeds)"
     return "\n".join(
         [
-            f"{parameters} parameters, {steps} steps of {batches}, seed "
-            f"{', '.join(map(str, seeds))}{several}. Ratio of steps: the steps of the "
-            "run over those that the cautious optimizer needs to reach its base's "
-            "final validation loss, with the same settings and seed.",
+            f"{parameters} parameters, {steps} steps of {batches}, {of_seeds}. Ratio "
+            "of steps: the steps of the run divided by those that the cautious "
+            "optimizer needs to reach the final validation loss of its base, with the "
+            "same settings and seed.",
             "",
             table(histories, task.metrics),
             "",
@@ -267,7 +275,7 @@ def text(histories: Sequence[History], configs: Sequence[TrainConfig[Any]]) -> s
 
 
 def _tasks(configs: Sequence[TrainConfig[Any]]) -> list[Task]:
-    """Lists the different tasks."""
+    """List the distinct tasks."""
     tasks: list[Task] = []
     for config in configs:
         if config.task not in tasks:
@@ -276,12 +284,12 @@ def _tasks(configs: Sequence[TrainConfig[Any]]) -> list[Task]:
 
 
 def _any_of(values: Iterable[object]) -> str:
-    """Writes the different values, as in "300 or 600"."""
+    """Join the distinct values, as in "300 or 600"."""
     return " or ".join(dict.fromkeys(map(str, values)))
 
 
 def write_csv(histories: Sequence[History], path: Path) -> None:
-    """Writes a line for every step of every run; evaluations stand at their step."""
+    """Write a row per step of every run; evaluations share the row of their step."""
     names = list(dict.fromkeys(n for h in histories for n, _ in h.run.point))
     header = ("optimizer", "caution", *names, "seed", "step", "loss")
     with path.open("w", newline="") as file:
@@ -302,12 +310,12 @@ def write(
     configs: Sequence[TrainConfig[Any]],
     directory: Path,
 ) -> list[Path]:
-    """Writes the report, the curves as numbers, and the pictures.
+    """Write the report, the curves as CSV, and the figures.
 
     Args:
-        histories: what came of the runs.
-        configs: their settings.
-        directory: where the files go.
+        histories: the results of the runs.
+        configs: the configurations of the runs.
+        directory: the output directory.
 
     Returns:
         The files, the report first.
@@ -323,6 +331,6 @@ def write(
         path = directory / name
         path.unlink(missing_ok=True)
         plot(histories, path)
-        if path.exists():  # Not where there is nothing to draw.
+        if path.exists():  # Nothing to plot, no file.
             files.append(path)
     return files

@@ -1,7 +1,7 @@
-"""The directory of a run: locked, checked, and resumed or started.
+"""The directory of a run: locking it, checking it, and starting or resuming the run.
 
-It holds the configuration, what the data keep beside a run, a hash of the data, the log
-and the checkpoints. Of a run that has not taken a step, nothing is left there.
+It contains the configuration, the files of the data, a hash of the data, the log and
+the checkpoints. A run that has not taken a step leaves nothing behind.
 """
 
 import errno
@@ -35,7 +35,7 @@ DATA_NAME = "data.sha256"
 LOCK_NAME = "run.lock"
 
 VISIBLE_SECONDS = 60
-"""How long a network's file system may take to show a file to all processes."""
+"""How long a network file system may take to show a file to all processes."""
 
 
 class Opened(NamedTuple):
@@ -44,17 +44,17 @@ class Opened(NamedTuple):
     records: list[log.Record]
     """The log so far."""
     limit: int | None = None
-    """If the run's length changes, the last step that both lengths share."""
+    """The last step that the old and the new length share, if the length changes."""
 
 
 @contextmanager
 def occupied(run_dir: Path) -> Iterator[None]:
-    """Locks a run's directory while it is in use.
+    """Lock a run's directory while it is in use.
 
-    The operating system releases the lock when the program ends, even if killed.
+    The operating system releases the lock when the program ends, even if it is killed.
 
     Raises:
-        InputError: where another program trains there.
+        InputError: if another program is training there.
     """
     make_directory("run_dir", run_dir)
     lock = filelock.FileLock(run_dir / LOCK_NAME, thread_local=False)
@@ -65,13 +65,13 @@ def occupied(run_dir: Path) -> Iterator[None]:
         except filelock.Timeout as error:
             raise InputError(
                 f"run_dir: another program is training in {run_dir}; wait for it, or "
-                "choose another --run-dir"
+                "choose another --run-dir."
             ) from error
         except OSError as error:
             require(
                 error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS),
-                f"run_dir: cannot write in {run_dir} ({error.strerror}); choose "
-                "another --run-dir",
+                f"run_dir: cannot write to {run_dir} ({error.strerror}); choose "
+                "another --run-dir.",
             )
             _warn_unlocked(run_dir, error)
         except NotImplementedError as error:
@@ -85,7 +85,7 @@ def occupied(run_dir: Path) -> Iterator[None]:
                 _remove(set(run_dir.iterdir()) - before)
             (run_dir / LOCK_NAME).unlink(missing_ok=True)
             lock.release()
-        with suppress(OSError):  # Of a directory with something in it.
+        with suppress(OSError):  # If the directory is not empty.
             run_dir.rmdir()
 
 
@@ -97,16 +97,16 @@ def _warn_unlocked(run_dir: Path, error: Exception) -> None:
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Returns whether a run has taken a step."""
+    """Return whether a run has taken a step."""
     return bool(log.read(run_dir)) or bool(saved_steps(run_dir / CHECKPOINTS_NAME))
 
 
 def open_run(config: TrainConfig[Any], run_dir: Path) -> Opened:
-    """Reads the log of the run that is in a directory, if one is.
+    """Read the log of the run in a directory, if there is one.
 
     Raises:
-        InputError: for a directory with other files, or a run that cannot go on with
-            these settings.
+        InputError: if the directory contains other files, or a run that cannot resume
+            with these settings.
     """
     path = run_dir / CONFIG_NAME
     if not path.exists():
@@ -117,15 +117,15 @@ def open_run(config: TrainConfig[Any], run_dir: Path) -> Opened:
         ]
         require(
             jax.process_index() != 0 or not strange,
-            f"run_dir: {run_dir} is not empty and holds no run; choose another",
+            f"run_dir: {run_dir} is not empty and contains no run; choose another.",
         )
         return Opened([])
-    # Read even if no step was taken: this file may not be a run's.
+    # Parsed even if no step was taken: the file may not belong to a run.
     text = read_text("run_dir", path)
     try:
         before = from_json(text, str(path), type(config.task))
     except InputError as error:
-        raise InputError(f"run_dir: {error}; choose another --run-dir") from error
+        raise InputError(f"run_dir: {error} Choose another --run-dir.") from error
     if not has_begun(run_dir):
         return Opened([])
     there, here = identity(before), identity(config)
@@ -135,8 +135,8 @@ def open_run(config: TrainConfig[Any], run_dir: Path) -> Opened:
         return Opened(records, _shared_steps(config, before, records, run_dir))
     require(
         not different,
-        f"run_dir: {run_dir} holds a run with other settings ({', '.join(different)}); "
-        "choose another --run-dir",
+        f"run_dir: {run_dir} contains a run with different settings "
+        f"({', '.join(different)}); choose another --run-dir.",
     )
     return Opened(records)
 
@@ -147,45 +147,46 @@ def _shared_steps(
     records: list[log.Record],
     run_dir: Path,
 ) -> int:
-    """Returns the last step that the old and the new length of a run have in common.
+    """Return the last step that the old and the new length of a run have in common.
 
     Raises:
-        InputError: where they share too little.
+        InputError: if the run cannot change its length.
     """
     shared = shared_steps(config.optimizer, config.steps)
     there = shared_steps(before.optimizer, before.steps)
     if shared is None or there is None:
         raise InputError(
-            f"steps: the run in {run_dir} was scheduled for {before.steps} steps, and "
-            f"its learning rate ({before.optimizer.schedule}) ends there. To train on, "
-            f"start a new run from its weights: --from {run_dir} --run-dir ANOTHER "
-            f"--steps {config.steps}; or choose --schedule constant or "
-            "warmup-stable-decay for runs that can be made longer"
+            f"steps: the learning-rate schedule ({before.optimizer.schedule}) of the "
+            f"run in {run_dir} ends at {before.steps} steps. To train longer, start a "
+            f"new run from its weights: --from {run_dir} --run-dir ANOTHER --steps "
+            f"{config.steps}. Runs with --schedule constant or warmup-stable-decay can "
+            "be extended."
         )
     require(
         config.steps > len(records),
-        f"steps: the run in {run_dir} has taken {len(records)} steps already; give "
-        "more",
+        f"steps: the run in {run_dir} has already taken {len(records)} steps; pass "
+        "more.",
     )
     limit = min(shared, there)
     steps = [s for s in saved_steps(run_dir / CHECKPOINTS_NAME) if s <= limit]
     require(
         bool(steps),
-        f"steps: a run of {config.steps} steps shares the first {limit} with the one "
-        f"in {run_dir}, and there is no checkpoint of those; choose another --run-dir",
+        f"steps: a run of {config.steps} steps shares only the first {limit} with the "
+        f"run in {run_dir}, which has no checkpoint of those; choose another "
+        "--run-dir.",
     )
     warmup = int(config.optimizer.warmup_fraction * config.steps)
     require(
         steps[-1] >= warmup,
-        f"steps: with {config.steps} steps the warm-up would take {warmup}, and the "
-        f"newest checkpoint that can be shared is that of step {steps[-1]}; give fewer "
-        "--steps",
+        f"steps: with {config.steps} steps the warm-up would take {warmup}, but the "
+        f"newest checkpoint that can be shared is that of step {steps[-1]}; pass fewer "
+        "--steps.",
     )
     return limit
 
 
 def _set_aside_after(limit: int, run_dir: Path) -> None:
-    """Moves checkpoints made during the decay of the learning rate out of the way."""
+    """Move checkpoints from the decay of the learning rate out of the way."""
     directory = run_dir / CHECKPOINTS_NAME
     for step in saved_steps(directory):
         if step > limit:
@@ -193,74 +194,75 @@ def _set_aside_after(limit: int, run_dir: Path) -> None:
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(directory / str(step), target)
-            tqdm.write(f"The checkpoint of step {step} is moved to {target}.")
+            tqdm.write(f"Moved the checkpoint of step {step} to {target}.")
 
 
 def require_shared(run_dir: Path) -> None:
-    """Checks that this process sees what process 0 has written.
+    """Check that this process sees the files written by process 0.
 
-    A network's file system may show it a while later.
+    A network file system may show them with a delay.
     """
     end = time.monotonic() + VISIBLE_SECONDS
     while not (run_dir / CONFIG_NAME).exists():
         require(
             time.monotonic() < end,
-            f"run_dir: process {jax.process_index()} does not see in {run_dir} what "
-            "process 0 has written there; choose a directory that all processes share",
+            f"run_dir: process {jax.process_index()} does not see the files that "
+            f"process 0 wrote to {run_dir}; choose a directory that all processes "
+            "share.",
         )
         time.sleep(1)
 
 
 def require_same_files(from_run: Path, data: Data) -> None:
-    """Checks that a run which begins with another's weights keeps the same files.
+    """Check that a run started from another's weights has the same files.
 
-    With another tokenizer, the rows of an embedding would mean other tokens.
+    With another tokenizer, the rows of the embedding would stand for other tokens.
     """
     if not (from_run / CHECKPOINTS_NAME).is_dir():
-        return  # No run: ``Task.check_source`` has checked it.
+        return  # Not a run: ``Task.check_source`` has checked it.
     for name, text in data.files.items():
         path = from_run / name
         require(
             not path.exists() or read_text("from", path) == text,
-            f"from: the run in {from_run} used another {name} than this one would; "
-            f"give --{path.stem} {path}",
+            f"from: the run in {from_run} used a different {name}; pass "
+            f"--{path.stem} {path}.",
         )
 
 
 def require_space(run_dir: Path, checkpoint: int, count: int) -> None:
-    """Checks that the disk has room for a number of checkpoints, in bytes each."""
+    """Check that the disk has room for ``count`` checkpoints of the given size."""
     needed = count * checkpoint
     there = run_dir / CHECKPOINTS_NAME
     used = sum(f.stat().st_size for f in there.rglob("*") if f.is_file())
     free = shutil.disk_usage(run_dir).free
     require(
         needed <= free + used,
-        f"run_dir: {count} checkpoints of {human_size(checkpoint)} do not fit on "
-        f"the disk of {run_dir}, where {human_size(free)} are free; make room, or "
-        "choose another --run-dir or a smaller --keep",
+        f"run_dir: {count} checkpoints of {human_size(checkpoint)} do not fit on the "
+        f"disk of {run_dir}, which has {human_size(free)} free; free some space, or "
+        "choose another --run-dir or a smaller --keep.",
     )
 
 
 def write_run(
     config: TrainConfig[Any], data: Data, run_dir: Path, opened: Opened
 ) -> None:
-    """Writes the settings and what data the run is on.
+    """Write the configuration, the hash of the data and the files of the data.
 
     Checkpoints that a run of this length does not share are moved out of the way.
 
     Raises:
-        InputError: where the steps so far were on other data.
+        InputError: if the earlier steps used different data.
     """
     texts = {DATA_NAME: data.fingerprint + "\n", **data.files}
     for name, text in texts.items():
         path = run_dir / name
         require(
             not opened.records or not path.exists() or path.read_text("utf-8") == text,
-            f"run_dir: the data have changed since the run in {run_dir} began: it has "
-            f"another {name}; choose another --run-dir",
+            f"run_dir: the data have changed since the run in {run_dir} started, which "
+            f"has a different {name}; choose another --run-dir.",
         )
     if jax.process_index() == 0:
-        # Before the new length is written, so that a run killed here is asked again.
+        # Before the new length is written, so that a run killed here repeats this.
         if opened.limit is not None:
             _set_aside_after(opened.limit, run_dir)
         for name, text in {CONFIG_NAME: to_json(config), **texts}.items():
@@ -268,9 +270,9 @@ def write_run(
 
 
 def is_saved(records: list[log.Record], run_dir: Path) -> bool:
-    """Returns whether the last step of a run that is over is saved.
+    """Return whether the last step of a finished run is saved.
 
-    Not if the run was killed during its last save. A run that diverged, or whose
+    It is not if the run was killed during its last save. A run that diverged, or whose
     checkpoints were all deleted, counts as saved.
     """
     last, there = records[-1], saved_steps(run_dir / CHECKPOINTS_NAME)
@@ -278,7 +280,7 @@ def is_saved(records: list[log.Record], run_dir: Path) -> bool:
 
 
 def _remove(paths: Iterable[Path]) -> None:
-    """Removes files and directories, config.json last."""
+    """Remove files and directories, config.json last."""
     for path in sorted(paths, key=lambda path: path.name == CONFIG_NAME):
         if path.is_dir():
             shutil.rmtree(path)
@@ -287,7 +289,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there as a whole or not at all."""
+    """Write a file atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(text, "utf-8")
     partial.replace(path)

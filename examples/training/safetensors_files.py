@@ -1,4 +1,4 @@
-"""Model files in the format of Hugging Face's transformers."""
+"""Model files in the format of Hugging Face transformers."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,23 +14,23 @@ from safetensors.numpy import save_file
 from examples.training.checks import InputError, read_text, reason, require
 
 SHARD_BYTES = 5_000_000_000
-"""What one file holds at most, unless it is a single tensor."""
+"""Maximum size of a file, unless it contains a single tensor."""
 
 
 def require_empty(output_dir: Path) -> None:
-    """Raises an ``InputError`` for a directory that has something in it."""
+    """Raise an ``InputError`` if a directory is not empty."""
     require(
         not (output_dir.is_dir() and any(output_dir.iterdir())),
-        f"output_dir: {output_dir} is not empty; choose another",
+        f"output_dir: {output_dir} is not empty; choose another.",
     )
 
 
 def split_tensors(
     tensors: Mapping[str, np.ndarray], limit: int
 ) -> list[dict[str, np.ndarray]]:
-    """Divides tensors, in their order, among files of at most ``limit`` bytes each.
+    """Split tensors, in order, into files of at most ``limit`` bytes each.
 
-    One that is larger has a file of its own.
+    A larger tensor gets a file of its own.
     """
     shards: list[dict[str, np.ndarray]] = []
     size = 0
@@ -46,17 +46,17 @@ def split_tensors(
 def save_tensors(
     tensors: Mapping[str, np.ndarray], directory: Path, limit: int = SHARD_BYTES
 ) -> None:
-    """Writes model.safetensors, or several files and an index of them.
+    """Write model.safetensors, or several files and their index.
 
     Args:
-        tensors: by their names.
-        directory: where to.
-        limit: what one file holds at most, in bytes.
+        tensors: the tensors by name.
+        directory: the output directory.
+        limit: maximum size of a file in bytes.
     """
     shards = split_tensors(tensors, limit)
     files = list(_file_names(len(shards)))
     for file, shard in zip(files, shards, strict=True):
-        # safetensors writes the memory as it lies, that of a transposed view too.
+        # safetensors writes raw memory, ignoring the strides of a transposed view.
         contiguous = {name: np.ascontiguousarray(x) for name, x in shard.items()}
         save_file(contiguous, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:
@@ -80,19 +80,19 @@ def _file_names(count: int) -> Iterator[str]:
 
 
 def save_json(content: Any, path: Path) -> None:
-    """Writes a file that people can read, too."""
+    """Write human-readable JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_tensors(setting: str, directory: Path) -> dict[str, np.ndarray]:
-    """Reads model.safetensors, or the files that its index lists, in float32.
+    """Load model.safetensors, or the files that its index lists, as float32.
 
     Args:
-        setting: the setting that names the directory, for messages.
-        directory: where they are.
+        setting: the setting that names the directory, for error messages.
+        directory: the directory of the model.
 
     Raises:
-        InputError: where there are none, or they cannot be read.
+        InputError: if files are missing or cannot be read.
     """
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
@@ -101,28 +101,28 @@ def load_tensors(setting: str, directory: Path) -> dict[str, np.ndarray]:
             listed = json.loads(read_text(setting, index))["weight_map"]
             files = sorted({*listed.values()})
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise InputError(f"{setting}: {index} lists no files") from error
+            raise InputError(f"{setting}: {index} lists no files.") from error
     tensors: dict[str, np.ndarray] = {}
     for file in files:
         path = directory / file
         require(
             path.is_file(),
-            f"{setting}: there is no {path}; give a directory with a model in "
-            "safetensors files",
+            f"{setting}: {path} does not exist; pass a directory with a model in "
+            "safetensors format.",
         )
         try:
-            # JAX has the type bfloat16, and NumPy has not.
+            # Loaded by JAX, because NumPy has no bfloat16.
             with jax.default_device(jax.local_devices(backend="cpu")[0]):
                 loaded = load_file(path)
-        except Exception as error:  # The package raises errors of its own.
+        except Exception as error:  # The package may raise any error.
             raise InputError(
-                f"{setting}: cannot read {path} ({reason(error)})"
+                f"{setting}: cannot read {path} ({reason(error)})."
             ) from error
         for name, tensor in loaded.items():
             require(
                 jnp.issubdtype(tensor.dtype, jnp.floating),
-                f"{setting}: {name} in {path} is of {tensor.dtype}, not of a floating "
-                "type; give a model that is not quantized",
+                f"{setting}: {name} in {path} has dtype {tensor.dtype}, which is not "
+                "floating point; pass a model that is not quantized.",
             )
             tensors[name] = np.asarray(tensor, np.float32)
     return tensors

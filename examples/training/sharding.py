@@ -1,8 +1,8 @@
-"""Where every array is: the mesh, and the rules for parameters and activations.
+"""Sharding: the device mesh, and the layout of parameters and activations.
 
-The mesh has three axes. A batch is split over ``data`` and ``fsdp``. Parameters, and
-what an optimizer keeps of their shape, are split over ``fsdp`` and ``tensor`` as the
-task says, and gathered over ``fsdp`` where they are used. XLA adds the communication.
+The mesh has three axes. Batches are split over ``data`` and ``fsdp``. Parameters, and
+optimizer state of their shape, are split over ``fsdp`` and ``tensor`` as the task
+specifies, and gathered over ``fsdp`` where they are used. XLA adds the communication.
 """
 
 import math
@@ -20,47 +20,47 @@ from examples.training.task import Task
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-"""The axes over which the examples of a batch are split."""
+"""Mesh axes over which the examples of a batch are split."""
 
 
 def make_mesh(config: TrainConfig[Any], devices: Any = None) -> Mesh:
-    """Arranges devices as the configuration says.
+    """Build the device mesh and check that the configuration fits it.
 
     Args:
-        config: the configuration, which is checked against the mesh.
-        devices: the devices to choose from; all there are unless given.
+        config: the configuration.
+        devices: the devices to choose from; defaults to all devices.
 
     Raises:
-        InputError: for more devices than there are, and for a batch or a size of the
-            model that the mesh does not divide.
+        InputError: if the mesh needs more devices than there are, or does not divide
+            the batch or a dimension of the model.
     """
     devices = np.asarray(jax.devices() if devices is None else devices).ravel()
     shape = config.mesh or (1, len(devices), 1)
     count = math.prod(shape)
     require(
         count <= len(devices),
-        f"mesh: {' x '.join(map(str, shape))} are {count} devices, and there are "
-        f"{len(devices)}",
+        f"mesh: {' x '.join(map(str, shape))} needs {count} devices, but there are "
+        f"only {len(devices)}.",
     )
     require(
         count == len(devices) or jax.process_count() == 1,
-        f"mesh: {' x '.join(map(str, shape))} are {count} devices, and the processes "
-        f"have {len(devices)}: use them all",
+        f"mesh: {' x '.join(map(str, shape))} uses {count} devices, but the processes "
+        f"have {len(devices)}; use all of them.",
     )
     data, fsdp, tensor = shape
     examples = config.task.data.batch_size // config.accumulate
     require(
         examples % (data * fsdp) == 0,
-        f"batch_size: {examples} examples at a time (batch_size / accumulate) do not "
-        f"divide among the {data} x {fsdp} devices of the mesh's axes data and fsdp; "
-        "choose a multiple, or another --mesh",
+        f"batch_size: {examples} examples at a time (batch_size / accumulate) cannot "
+        f"be split over the {data} x {fsdp} devices of the mesh axes data and fsdp; "
+        "choose a multiple, or another --mesh.",
     )
     for axis, parts in (("fsdp", fsdp), ("tensor", tensor)):
         for name, size in config.task.divided[axis].items():
             require(
                 size % parts == 0,
-                f"mesh: the axis {axis} ({parts}) does not divide {name} ({size}); "
-                f"choose another --mesh or --{name.replace('_', '-')}",
+                f"mesh: the {axis} axis ({parts}) must divide {name} ({size}); choose "
+                f"another --mesh or --{name.replace('_', '-')}.",
             )
     chosen = devices[:count].tolist()
     try:
@@ -70,34 +70,34 @@ def make_mesh(config: TrainConfig[Any], devices: Any = None) -> Mesh:
     except NotImplementedError as error:  # For some shapes on some slices.
         raise InputError(
             f"mesh: {' x '.join(map(str, shape))} does not fit the slice ({error}); "
-            "choose another"
+            "choose another."
         ) from error
     hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
     require(
         bool((hosts == hosts[:, :, :1]).all()),
-        f"mesh: the axis tensor ({tensor}) reaches over several hosts here, and each "
-        "host reads examples of its own; choose a smaller one",
+        f"mesh: the tensor axis ({tensor}) spans several hosts, but each host reads "
+        "different examples; choose a smaller one.",
     )
     return mesh
 
 
 def specs(tree: Any, task: Task) -> Any:
-    """Finds how each leaf of parameters or of an optimizer's state is laid out.
+    """Return the ``PartitionSpec`` of each leaf of parameters or optimizer state.
 
-    A leaf with the path of a parameter and its number of axes is laid out like it. All
-    others, scalars and the scales of the norms among them, are on every device.
+    A leaf with the path of a parameter and its number of axes is laid out like that
+    parameter. All other leaves, such as scalars and norm scales, are replicated.
 
     Args:
         tree: arrays, or their shapes.
-        task: what they belong to.
+        task: the task they belong to.
 
     Returns:
-        A tree of the same structure with a ``PartitionSpec`` for each leaf.
+        A tree of the same structure with a ``PartitionSpec`` per leaf.
     """
 
     def spec(path: Any, leaf: Any) -> P:
         names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
-        # The axis of the scan.
+        # The scan axis.
         layers = [None] if names & task.layers.keys() else []
         for holder, axes in task.layout.items():
             if holder in names and leaf.ndim == len(layers) + len(axes):
@@ -108,7 +108,7 @@ def specs(tree: Any, task: Task) -> Any:
 
 
 def shardings(tree: Any, task: Task, mesh: Mesh) -> Any:
-    """Does as ``specs``, with a ``NamedSharding`` for each leaf."""
+    """Like ``specs``, but with a ``NamedSharding`` per leaf."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         specs(tree, task),
@@ -117,14 +117,14 @@ def shardings(tree: Any, task: Task, mesh: Mesh) -> Any:
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
-    """Lays an array out over the axes of the mesh in use; without one, does nothing."""
+    """Shard an array over axes of the current mesh; without a mesh, do nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
 def constrain_as_params(tree: Any, task: Task) -> Any:
-    """Lays gradients out as the parameters are."""
+    """Shard gradients like the parameters."""
     return jax.tree.map(
         lambda leaf, spec: constrain(leaf, *spec), tree, specs(tree, task)
     )
@@ -132,14 +132,14 @@ def constrain_as_params(tree: Any, task: Task) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
-    """Gathers a matrix over ``fsdp``, and scatters the sum of its gradients likewise.
+    """Gather a matrix over ``fsdp``, and reduce-scatter its gradient over ``fsdp``.
 
-    The transpose of a plain constraint would lay the gradient out as the gathered
-    matrix: all of it on every device.
+    The transpose of a plain sharding constraint would lay out the gradient like the
+    gathered matrix, replicated over ``fsdp``.
 
     Args:
         kernel: a matrix that is split over ``fsdp`` along one axis.
-        axes: the axes of the mesh it is split over afterwards.
+        axes: the mesh axes over which the gathered matrix remains split.
     """
     return constrain(kernel, *axes)
 

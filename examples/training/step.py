@@ -1,4 +1,4 @@
-"""The computations of training, as pure functions: loss, step, evaluation."""
+"""Training as pure functions: gradient, step and evaluation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,32 +13,32 @@ from examples.training.task import Batch, Params, Task
 
 
 class TrainState(NamedTuple):
-    """All that a training step changes."""
+    """The state that a training step updates."""
 
     params: Params
     opt_state: optax.OptState
 
 
 class Measured(NamedTuple):
-    """What a training step measures, before it changes the parameters."""
+    """Measurements of a training step, taken before the update."""
 
     loss: jax.Array
     """Mean loss of the batch."""
     grad_norm: jax.Array
-    """Global norm of the gradient, before it is clipped."""
+    """Global norm of the gradient, before clipping."""
 
 
 def init_state(task: Task, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """Draws the initial weights and makes the optimizer's state for them."""
+    """Initialize the parameters and the optimizer state."""
     params = task.init(seed)
     return TrainState(params, tx.init(params))
 
 
 def cut(batch: Batch, parts: int) -> Batch:
-    """Cuts ``[B, ...]`` into ``[parts, B / parts, ...]``.
+    """Split ``[B, ...]`` into ``[parts, B / parts, ...]``.
 
     Each part takes every ``parts``-th example, some from each device, so that no
-    example moves.
+    example moves between devices.
     """
     return jax.tree.map(
         lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
@@ -48,13 +48,13 @@ def cut(batch: Batch, parts: int) -> Batch:
 def mean_gradient(
     task: Task, params: Params, batch: Batch, parts: int
 ) -> tuple[jax.Array, Params]:
-    """Computes the loss and its gradient, accumulated over parts of the batch.
+    """Compute the loss and its gradient, accumulated over parts of the batch.
 
     Args:
-        task: what the loss is of.
+        task: the task that defines the loss.
         params: the parameters.
         batch: a tree of arrays, ``[B, ...]``.
-        parts: how many there are; the mean over them is that of the whole batch.
+        parts: number of parts; the mean over them equals the mean over the batch.
     """
 
     def gradient(part: Batch) -> tuple[jax.Array, Params]:
@@ -75,7 +75,7 @@ def mean_gradient(
 def make_train_step(
     task: Task, tx: optax.GradientTransformation, parts: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Measured]]:
-    """Makes the pure function from state and batch to the next state."""
+    """Build the pure function from state and batch to the next state."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Measured]:
         loss, grads = mean_gradient(task, state.params, batch, parts)
@@ -87,16 +87,16 @@ def make_train_step(
 
 
 class Evaluated(NamedTuple):
-    """What is measured on the validation batches."""
+    """Measurements on the validation batches."""
 
     loss: jax.Array
-    """The mean over all batches."""
+    """Mean over all batches."""
     outputs: Any
-    """What ``Task.scores`` takes: a tree of arrays, ``[batches * B, ...]``."""
+    """The input of ``Task.scores``: a tree of arrays, ``[batches * B, ...]``."""
 
 
 def make_evaluate(task: Task, parts: int = 1) -> Callable[[Params, Batch], Evaluated]:
-    """Makes the function that evaluates ``[batches, B, ...]``."""
+    """Build the function that evaluates batches ``[batches, B, ...]``."""
 
     def evaluate(params: Params, batches: Batch) -> Evaluated:
         def evaluate_batch(batch: Batch) -> tuple[jax.Array, Any]:
@@ -114,26 +114,26 @@ def make_evaluate(task: Task, parts: int = 1) -> Callable[[Params, Batch], Evalu
 
 
 class Aligned(NamedTuple):
-    """How far the next update follows the gradient."""
+    """Fractions of coordinates in which the next update agrees with the gradient."""
 
     whole: jax.Array
-    """Fraction of all parameters."""
+    """Fraction over all parameters."""
     parts: dict[str, jax.Array]
-    """That of each, by its name: a scalar, or ``[L]`` for one stacked over layers."""
+    """Fraction per parameter, by name: a scalar, or ``[L]`` if stacked over layers."""
 
 
 def make_aligned_fraction(
     task: Task, tx: optax.GradientTransformation, parts: int = 1
 ) -> Callable[[TrainState, Batch], Aligned]:
-    """Makes the function that measures how far the next update follows the gradient.
+    """Build the function that computes the aligned fraction of the next update.
 
-    It returns the fraction of the parameters whose update and gradient have opposite
-    signs, that is, which the step moves downhill.
+    That is the fraction of coordinates in which update and gradient have opposite
+    signs, so that the step moves downhill.
 
     Args:
-        task: what is trained.
+        task: the task to train.
         tx: the optimizer without caution, so that its update is measured before caution
-            acts on it.
+            is applied.
         parts: as in ``mean_gradient``.
     """
 
@@ -142,7 +142,7 @@ def make_aligned_fraction(
         updates, _ = tx.update(grads, state.opt_state, state.params)
         stacked = {name: int(name in task.layers) for name in grads}
         fractions = optax_cautious.aligned_fraction(updates, grads, stacked=stacked)
-        # A float, as the parameters of large models are more than an int32 can count.
+        # Floats, because the parameter count of large models overflows an int32.
         counts = jax.tree.map(
             lambda fraction, leaf: fraction.mean() * float(leaf.size), fractions, grads
         )
@@ -153,7 +153,7 @@ def make_aligned_fraction(
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-    """Lists the leaves by the names of the modules that hold them, joined by dots."""
+    """Return the leaves by their paths, joined with dots."""
     return {
         ".".join(str(getattr(key, "key", key)) for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -17,25 +17,25 @@ Batch = Any
 
 @dataclass(frozen=True)
 class Data:
-    """What a process trains and validates on."""
+    """The training and validation data of a process."""
 
     train: grain.IterDataset[Batch]
-    """This process's rows of each batch, without end: trees of NumPy arrays,
-    ``[batch_size / processes, ...]``. An iterator has a state from which another goes
-    on exactly."""
+    """This process's rows of each batch, as an infinite stream: trees of NumPy arrays,
+    ``[batch_size / processes, ...]``. The state of an iterator lets another one resume
+    exactly."""
     validation: Batch
-    """Its rows of the validation batches: a tree of NumPy arrays,
+    """This process's rows of the validation batches: a tree of NumPy arrays,
     ``[validation_batches, batch_size / processes, ...]``."""
     fingerprint: str
-    """Hash of the data, the same on all processes."""
+    """Hash of the data, identical on all processes."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Further files kept with a run: contents by name. A run that starts from another's
-    weights must have the same files. The option that sets one is called after it, as in
-    ``--tokenizer RUN/tokenizer.json``."""
+    """Additional files saved with a run: contents by name. A run that starts from
+    another's weights must have the same files. The option that sets a file is named
+    after it, as in ``--tokenizer RUN/tokenizer.json``."""
 
 
 class Model(NamedTuple):
-    """A model that was trained."""
+    """A trained model."""
 
     task: Any
     params: Params
@@ -46,150 +46,150 @@ LoadData = Callable[[], Data]
 
 
 class Batches(Protocol):
-    """What all settings of data have."""
+    """The settings that all data configurations have."""
 
     @property
     def batch_size(self) -> int:
-        """Examples in a step, over all devices."""
+        """Examples per step, over all devices."""
 
     @property
     def validation_batches(self) -> int:
-        """Batches on which the validation loss is measured."""
+        """Batches over which the validation loss is computed."""
 
 
 class Task(Protocol):
     """A model, its loss and its data, with their settings.
 
-    A task is a frozen dataclass. Its fields, and those of the dataclasses among them,
-    are settings of the command line and of a run's ``config.json``.
+    A task is a frozen dataclass. Its fields, and those of nested dataclasses, are
+    settings on the command line and in a run's ``config.json``.
 
-    Randomness belongs to the batch: a loss that draws numbers draws them from seeds
-    that the data bring for each example. A step is then the same on any mesh, in any
-    number of parts and processes, and after a restart.
+    Randomness belongs to the batch: a loss that needs random numbers derives them from
+    per-example seeds in the data. A step is therefore the same on any mesh, with any
+    number of accumulated parts and of processes, and after a restart.
     """
 
     name: ClassVar[str]
-    """Of the experiment: its runs are in ``outputs/NAME``."""
+    """Name of the experiment; its runs are in ``outputs/NAME``."""
     unit: ClassVar[str]
     """The unit of throughput, such as "tokens"."""
     metrics: ClassVar[Mapping[str, Callable[[float], float]]]
-    """Other metrics computed from a loss, such as ``{"perplexity": exp}``."""
+    """Metrics derived from the loss, such as ``{"perplexity": exp}``."""
     layout: ClassVar[Mapping[str, tuple[str | None, ...]]]
-    """Mesh axes of each parameter's dimensions, by the name of its module. A
-    parameter that is not listed is on every device."""
+    """Mesh axes of each parameter's dimensions, by module name. Parameters that are not
+    listed are replicated."""
     not_decayed: ClassVar[frozenset[str]]
-    """Names of parameters, or of what holds them, that weight decay spares."""
+    """Names of parameters, or of modules, that are exempt from weight decay."""
     free: ClassVar[frozenset[str]]
     """Settings that may change when a run resumes."""
 
     @property
     def data(self) -> Batches:
-        """The settings of the data."""
+        """The data settings."""
 
     @property
     def units(self) -> int:
-        """How many units, such as tokens, there are in a step."""
+        """Units per step, such as tokens."""
 
     @property
     def layers(self) -> Mapping[str, int]:
-        """Children of the parameters that stack layers, and how many each stacks."""
+        """Top-level names of parameters that stack layers, with their layer counts."""
 
     @property
     def divided(self) -> Mapping[str, Mapping[str, int]]:
-        """Sizes that must be divisible by each axis of the mesh, by setting."""
+        """Sizes, by setting, that each mesh axis must divide."""
 
     def describe(self) -> str:
-        """Describes a batch, such as "16 x 128 tokens"."""
+        """Describe a batch, as in "16 x 128 tokens"."""
 
     def default_learning_rate(self, optimizer: str) -> float | None:
-        """Returns a tuned learning rate for this model, or None."""
+        """Return a tuned learning rate for this model, or None."""
 
     def init(self, seed: int) -> Params:
-        """Draws the initial parameters."""
+        """Initialize the parameters."""
 
     def loss(self, params: Params, batch: Batch) -> jax.Array:
-        """Computes the mean loss of a batch, a float32 scalar."""
+        """Compute the mean loss of a batch, a float32 scalar."""
 
     def evaluate(self, params: Params, batch: Batch) -> tuple[jax.Array, Any]:
-        """Computes the mean loss of a batch, and what ``scores`` needs of it.
+        """Compute the mean loss of a batch, and the outputs that ``scores`` needs.
 
-        The latter is a tree of arrays, ``[B, ...]``; it may be empty.
+        The outputs are a tree of arrays, ``[B, ...]``, which may be empty.
         """
 
     def scores(self, outputs: Any) -> dict[str, float]:
-        """Computes what is reported beside the loss, such as an accuracy, by name.
+        """Compute the scores to report besides the loss, such as accuracy, by name.
 
         Args:
-            outputs: those of ``evaluate`` for all validation examples, as NumPy arrays,
-                ``[N, ...]``.
+            outputs: the outputs of ``evaluate`` for all validation examples, as NumPy
+                arrays, ``[N, ...]``.
         """
 
     def check_source(self, source: Path) -> None:
-        """Checks what ``--from`` names: a run, or what else the task can read.
+        """Check the argument of ``--from``: a run, or any format the task can read.
 
         Raises:
-            InputError: where there is none, or it is of another model.
+            InputError: if it does not exist or contains another model.
         """
 
     def start_from(self, source: Path, seed: int) -> Params:
-        """Loads the parameters to start from, into the host's memory.
+        """Load the parameters to start from into host memory.
 
         Args:
-            source: what ``--from`` names.
-            seed: draws what the source does not have.
+            source: the argument of ``--from``.
+            seed: seed of the parameters that the source lacks.
 
         Raises:
-            InputError: where they cannot be read.
+            InputError: if the parameters cannot be read.
         """
 
     def load(
         self, seed: int, process: int, processes: int, source: Path | None = None
     ) -> Data:
-        """Loads what a process trains on.
+        """Load the data of a process.
 
         Args:
-            seed: decides the order.
-            process: which of the processes this is.
-            processes: how many share each batch.
-            source: what ``--from`` names, or the run itself if it resumes, for data
-                that depend on the model's files.
+            seed: seed of the data order.
+            process: index of this process.
+            processes: number of processes that share each batch.
+            source: the argument of ``--from``, or the run itself if it resumes, for
+                data that depend on the model's files.
 
         Raises:
-            InputError: for data that cannot be had or do not fit.
+            InputError: if the data cannot be loaded or do not fit the settings.
         """
 
     def batch_like(self) -> Batch:
-        """Returns the shapes and dtypes of a batch."""
+        """Return the shapes and dtypes of a batch."""
 
     def flops(self) -> float:
-        """Counts the operations of a training step."""
+        """Compute the FLOPs of a training step."""
 
     def show(self, models: "LoadModels", data: LoadData, directory: Path) -> list[Path]:
-        """Draws what trained models do, side by side, and returns the files.
+        """Draw the outputs of trained models side by side, and return the files.
 
         Args:
-            models: loads the models, by what to call them. Their settings may differ.
-            data: loads the data that this task is validated on.
-            directory: where the files go.
+            models: loads the models, by display name. Their settings may differ.
+            data: loads the data on which this task is validated.
+            directory: the output directory.
         """
 
     def unrolled(self, layers: Mapping[str, int]) -> Self:
-        """Returns the task with its layer scans unrolled by these factors."""
+        """Return the task with its layer scans unrolled by these factors."""
 
 
 class LossAlone:
-    """Mixin for tasks that report only their loss."""
+    """Mixin for tasks that report only the loss."""
 
     def evaluate(self: Any, params: Params, batch: Batch) -> tuple[jax.Array, Any]:
-        """Computes the mean loss of a batch."""
+        """Compute the mean loss of a batch."""
         return self.loss(params, batch), ()
 
     def scores(self, outputs: Any) -> dict[str, float]:
-        """Returns no scores."""
+        """Return no scores."""
         return {}
 
 
 def count_parameters(task: Task) -> int:
-    """Counts the parameters of a model without making it."""
+    """Count the parameters of a model without creating it."""
     like = jax.eval_shape(lambda: task.init(0))
     return sum(leaf.size for leaf in jax.tree.leaves(like))

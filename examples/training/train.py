@@ -18,7 +18,7 @@ from examples.training.task import Task, count_parameters
 
 
 def default_run_dir(config: TrainConfig[Any]) -> Path:
-    """Names a directory after the optimizer and a hash of the settings."""
+    """Return a directory named after the optimizer and a hash of the settings."""
     text = repr(sorted(identity(config).items()))
     key = hashlib.sha256(text.encode()).hexdigest()[:8]
     caution = "cautious-" * config.optimizer.caution
@@ -36,22 +36,22 @@ def train(
     *,
     config: TrainConfig[Any],
 ) -> None:
-    """Train a model, or resume a run that was interrupted.
+    """Train a model, or resume an interrupted run.
 
     Args:
-        run_dir: where the configuration, the log and the checkpoints go. Not given: a
-            directory of outputs/ named after the settings.
-        profile: trace that many steps, after the first; TensorBoard and Perfetto show
-            what is written to the run's directory.
-        processes: how several processes find each other.
-        config: the run.
+        run_dir: directory of the configuration, the log and the checkpoints. Defaults
+            to a directory in outputs/ named after the settings.
+        profile: number of steps to trace, after the first, for TensorBoard and
+            Perfetto. Traces are written to the run's directory.
+        processes: the processes of a distributed run.
+        config: the configuration of the run.
     """
     rate, task = config.learning_rate, config.task
-    require(profile >= 0, f"profile is {profile}: it has to be at least 0")
+    require(profile >= 0, f"profile must be at least 0, got {profile}.")
     processes.join()
     run_dir = run_dir or default_run_dir(config)
-    speaks = jax.process_index() == 0
-    if speaks:
+    is_main = jax.process_index() == 0
+    if is_main:
         print(
             f"{count_parameters(task):,} parameters, {config.steps} steps of "
             f"{task.describe()} with {config.optimizer.title} at {rate:g}, in "
@@ -62,42 +62,42 @@ def train(
     before = log.read(run_dir)
     over_before = is_over(before, config.steps) and is_saved(before, run_dir)
     last: log.Record = {}
-    bar = tqdm(total=config.steps, desc="Compiling", unit="step", disable=not speaks)
+    bar = tqdm(total=config.steps, desc="Compiling", unit="step", disable=not is_main)
     with bar, preemption() as stop:
         for records in training(config, run_dir, stop=stop, profile=profile):
             last = records[-1]
             validated = [r for r in records if "aligned_fraction" in r]
-            if validated and speaks:
+            if validated and is_main:
                 tqdm.write(summary(validated[-1], task))
             bar.set_description("Training", refresh=False)
             bar.set_postfix(progress(last, task), refresh=False)
             bar.update(last["step"] - bar.n)
-    if not speaks:
+    if not is_main:
         return
     if last.get("diverged"):
         raise InputError(
             f"the loss is not finite at step {last['step']}; a lower --learning-rate "
-            "may help"
+            "may help."
         )
     if is_over([last], config.steps):
-        over = "was finished before" if over_before else "is finished"
+        over = "was already finished" if over_before else "is finished"
         print(f"The run {over}: {summary(last, task)}, in {run_dir}")
     else:
         print(f"Stopped: step {last['step']} is saved. Run the same command to resume.")
 
 
 def warn_of_a_high_rate(config: TrainConfig[Any]) -> None:
-    """Warns of a learning rate larger than typical weights."""
+    """Warn of a learning rate larger than typical weights."""
     row, rate = OPTIMIZERS[config.optimizer.optimizer], config.learning_rate
     if row.unit_steps and rate > 0.3:
         print(
             f"A learning rate of {rate:g} is high: a step of {row.title} moves each "
-            "weight by about that much. Rates from 1e-4 to 1e-2 are usual."
+            "weight by about that much. Typical rates are 1e-4 to 1e-2."
         )
 
 
 def summary(record: log.Record, task: Task) -> str:
-    """Writes an evaluation as a line."""
+    """Format an evaluation as a line."""
     loss = record["validation_loss"]
     metrics = "".join(f"   {k} {f(loss):8.2f}" for k, f in task.metrics.items())
     scores = record.get("scores", {})
@@ -109,7 +109,7 @@ def summary(record: log.Record, task: Task) -> str:
 
 
 def progress(record: log.Record, task: Task) -> dict[str, str]:
-    """Writes what stands beside the progress bar."""
+    """Return the values shown next to the progress bar."""
     shown = {"loss": f"{record['loss']:.3f}"}
     speed = record.get(f"{task.unit}_per_second")
     if speed is not None:

@@ -1,4 +1,4 @@
-"""A run that was trained: its settings, and the parameters of a checkpoint."""
+"""Trained models: the settings of a run and the parameters of a checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,34 +22,35 @@ T = TypeVar("T", bound=Task)
 
 @dataclass(frozen=True)
 class Source:
-    """Where the parameters come from."""
+    """The checkpoint to load."""
 
     run_dir: Path
-    """The directory of a run."""
+    """Directory of the run."""
     step: int | None = None
-    """The checkpoint of this step. Not given: the newest."""
+    """Use the checkpoint of this step. Defaults to the newest."""
     best: bool = False
-    """The checkpoint with the lowest validation loss."""
+    """Use the checkpoint with the lowest validation loss."""
 
 
 class Trained(NamedTuple, Generic[T]):
-    """A model that was trained, and what it was trained with."""
+    """A trained model and its configuration."""
 
     config: TrainConfig[T]
     step: int
     params: Params
-    """In the host's memory."""
+    """In host memory."""
 
 
 def load_trained(source: Source, task: type[T]) -> Trained[T]:
-    """Loads the parameters of a run, without the optimizer's state.
+    """Load the parameters of a run, without the optimizer state.
 
     Raises:
-        InputError: where there is no run, or not that checkpoint.
+        InputError: if the run or the checkpoint does not exist.
     """
     path = source.run_dir / CONFIG_NAME
     require(
-        path.exists(), f"run_dir: {source.run_dir} holds no run: there is no {path}"
+        path.exists(),
+        f"run_dir: {source.run_dir} contains no run: {path} does not exist.",
     )
     config = from_json(read_text("run_dir", path), str(path), task)
     step = choose_step(source)
@@ -59,28 +60,28 @@ def load_trained(source: Source, task: type[T]) -> Trained[T]:
 
 
 def is_loadable(run_dir: Path) -> bool:
-    """Returns whether a run has any checkpoint left."""
+    """Return whether a run has any checkpoint left."""
     return bool(saved_steps(run_dir / CHECKPOINTS_NAME))
 
 
 def choose_step(source: Source) -> int:
-    """Returns the step of the requested checkpoint.
+    """Return the step of the requested checkpoint.
 
     Raises:
-        InputError: where there is none.
+        InputError: if the checkpoint does not exist.
     """
     require(
         source.step is None or not source.best,
-        "step and best: give one of them",
+        "step and best: pass only one of them.",
     )
     directory = source.run_dir / CHECKPOINTS_NAME
     steps = saved_steps(directory)
-    require(bool(steps), f"run_dir: there is no checkpoint in {directory}")
+    require(bool(steps), f"run_dir: there is no checkpoint in {directory}.")
     if source.step is not None:
         require(
             source.step in steps,
             f"step: there is no checkpoint of step {source.step} in {directory}; "
-            f"choose one of {', '.join(map(str, steps))}",
+            f"choose one of {', '.join(map(str, steps))}.",
         )
         return source.step
     if not source.best:
@@ -92,7 +93,7 @@ def choose_step(source: Source) -> int:
     }
     require(
         bool(losses),
-        f"best: the log in {source.run_dir} has no validation loss of the checkpoints; "
-        "choose a --step",
+        f"best: the log in {source.run_dir} has no validation loss for any checkpoint; "
+        "choose a --step.",
     )
     return min(losses, key=losses.__getitem__)

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: the devices of a TPU slice, a program's collectives."""
+"""Ahead-of-time compilation: devices of a TPU slice, collectives of a program."""
 
 import math
 import os
@@ -20,8 +20,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "u16": 2, "bf16": 2, "f16": 2}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 EACH_BYTE_ONCE: dict[str, str | bool] = {"xla_vf_vmem_max_outstanding_prefetches": "0"}
-"""Otherwise the compiler prefetches some arrays into the chip's vector memory,
-and counts those bytes again."""
+"""Compiler options that count each byte once. By default the compiler prefetches some
+arrays into the chip's vector memory and counts those bytes again."""
 
 
 class Collective(NamedTuple):
@@ -29,16 +29,16 @@ class Collective(NamedTuple):
 
     times: int
     bytes: float
-    """Of the results on one device."""
+    """Size of the results on one device."""
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """Returns the devices of a TPU slice such as v5e:4x4 to compile for.
+    """Return the devices of a TPU slice, such as v5e:4x4, to compile for.
 
     Raises:
-        InputError: without the compiler, and for a slice that it does not know.
+        InputError: if the compiler is not installed or does not know the slice.
     """
-    # Without these libtpu looks for the chips of this machine and for its metadata.
+    # Without these, libtpu looks for TPU chips and metadata of this machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.partition(":")[0])
@@ -46,18 +46,20 @@ def topology_devices(topology: str) -> list[Any]:
         description = topologies.get_topology_desc(topology, "tpu")
     except Exception as error:
         raise InputError(
-            f"topology: cannot compile for {topology!r}: {error}. Give a kind of TPU "
-            "and the arrangement of its chips, as in v5e:4x4 or v5p:2x2x2. The "
-            "compiler is in the package libtpu: pip install '.[examples,tpu]'"
+            f"topology: cannot compile for {topology!r}: {error}. Pass a TPU type and "
+            "a chip layout, such as v5e:4x4 or v5p:2x2x2. The compiler is part of the "
+            "libtpu package: pip install '.[examples,tpu]'."
         ) from error
     return list(description.devices)
 
 
 def collectives(text: str) -> dict[str, Collective]:
-    """Counts the collective operations of a compiled program, loops multiplied out.
+    """Count the collective operations that a compiled program executes.
+
+    Operations in a loop count once per iteration.
 
     Args:
-        text: the program in XLA's notation.
+        text: the program as HLO text.
     """
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -68,7 +70,7 @@ def collectives(text: str) -> dict[str, Collective]:
             entry = start[2] if start[1] else entry
         else:
             lines.append(line)
-    # By channel, as one that runs beside other operations is written in several parts.
+    # Keyed by channel, because an asynchronous collective has several instructions.
     found: dict[str, tuple[str, int, int]] = {}
 
     def visit(name: str, times: int) -> None:
@@ -96,7 +98,7 @@ def collectives(text: str) -> dict[str, Collective]:
 
 
 def _operation(line: str) -> tuple[str, str]:
-    """Splits ``%name = result operation(...)``."""
+    """Split ``%name = result operation(...)`` into result and operation."""
     definition = line.partition(" = ")[2]
     operation = re.search(r" ([a-z-]+?)(?:-start)?\(", definition)
     if operation is None:
@@ -109,13 +111,13 @@ def _called(line: str, how: str) -> list[str]:
 
 
 def _trips(condition: list[str]) -> int:
-    """Returns the trip count of a scan."""
+    """Return the trip count of a scan."""
     (number,) = re.findall(r"constant\((\d+)\)", "\n".join(condition))
     return int(number)
 
 
 def _size(shapes: str) -> int:
-    """Returns the bytes of shapes such as bf16[8,128]."""
+    """Compute the bytes of shapes such as bf16[8,128]."""
     total = 0
     for dtype, dimensions in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
         elements = math.prod(map(int, filter(None, dimensions.split(","))))

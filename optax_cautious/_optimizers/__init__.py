@@ -1,1 +1,1 @@
-"""The named optimizers, each in a file of its own."""
+"""The named optimizers, one per file."""

@@ -12,8 +12,8 @@ from optax_cautious._decay import decayed_weights
 from optax_cautious._settings import Alignment, AxisName, Neutral, Renormalize
 from optax_cautious._trees import Mask, Stacked
 
-# Not optax's jnp.float32, which is callable: inject_hyperparams, which goes by that,
-# would take it for a schedule.
+# Optax's default, jnp.float32, is callable, so inject_hyperparams would take it for a
+# schedule.
 _FLOAT32 = jnp.dtype("float32")
 
 
@@ -44,7 +44,7 @@ def cautious_adafactor(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adafactor that does not move against the gradient.
 
-    The update of :func:`optax.adafactor` before its weight decay, :math:`u_t`, with
+    With :math:`u_t` the update of :func:`optax.adafactor` before weight decay and
     :math:`w_t, \rho_t` the weights and their mean as in :func:`cautious`:
 
     .. math::
@@ -52,15 +52,15 @@ def cautious_adafactor(
       \theta_{t+1} \leftarrow \theta_t - u_t \cdot w_t / \max(\rho_t, \rho_{\min})
         - \lambda \theta_t
 
-    Without momentum Adafactor's update has the signs of the gradient, and caution
-    changes only the scale of leaves with zero gradients. The state is
-    :func:`optax.adafactor`'s, but for ``monitor=True``.
+    Without momentum Adafactor's update has the signs of the gradient, and caution only
+    rescales leaves with zero gradients. Unless ``monitor=True``, the state is that of
+    :func:`optax.adafactor`.
 
     Args:
-      learning_rate: scalar or schedule; see :func:`optax.adafactor`, as for all the
-        arguments up to `weight_decay_mask`. To maximize, give a negative number, not a
-        schedule or a traced value: the rate is applied before caution, which has to
-        know which way the update points.
+      learning_rate: scalar or schedule; for this and all arguments up to
+        `weight_decay_mask` see :func:`optax.adafactor`. To maximize, pass a negative
+        number, not a schedule or a traced value: the rate is applied before caution,
+        which must know the direction of the update.
       min_dim_size_to_factor: factor only where two dimensions are this large.
       decay_rate: exponent of the second moment's decay.
       decay_offset: the step at which fine-tuning starts.
@@ -68,22 +68,22 @@ def cautious_adafactor(
       clipping_threshold: the largest root mean square of a leaf's update.
       momentum: decay rate of the momentum; none by default.
       dtype_momentum: dtype of the momentum.
-      weight_decay_rate: strength of the decay, not multiplied with the learning rate.
+      weight_decay_rate: strength of the decay, not multiplied by the learning rate.
       eps: added to the mean square of the gradient.
       factored: whether to factor the second moment.
-      weight_decay_mask: the leaves to decay.
-      cautious_decay: whether to decay only where that does not oppose the update, see
+      weight_decay_mask: which leaves to decay.
+      cautious_decay: whether to decay only where decay does not oppose the update; see
         :func:`add_cautious_decayed_weights`.
-      alignment: what the signs are compared of, see :func:`cautious`, as for all the
-        arguments that follow.
-      opposed_weight: the weight of a coordinate that disagrees with the gradient.
-      renormalize: how the remaining coordinates make up for the missing ones.
-      min_fraction: the least fraction that the update is divided by.
-      neutral: what to do where update or gradient is exactly zero or NaN.
-      stacked: how many leading axes stack leaves.
-      axis_name: the mapped axes that the leaves are split along.
-      caution_mask: the leaves to be cautious with (``mask`` of :func:`cautious`).
-      monitor: whether the state carries the fraction of coordinates that agreed.
+      alignment: unit whose agreement is judged. For this and all following arguments
+        see :func:`cautious`.
+      opposed_weight: weight of a coordinate whose update opposes the gradient.
+      renormalize: how the surviving coordinates are rescaled.
+      min_fraction: lower bound of the fraction by which the update is divided.
+      neutral: treatment of coordinates whose update or gradient is zero or NaN.
+      stacked: number of leading axes along which leaves are stacked.
+      axis_name: mapped axes along which the leaves are split.
+      caution_mask: which leaves caution applies to (``mask`` of :func:`cautious`).
+      monitor: whether the state records the fraction of coordinates that agreed.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -114,8 +114,8 @@ def cautious_adafactor(
       Shazeer et al, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
       <https://arxiv.org/abs/1804.04235>`_, 2018
     """
-    # The learning rate comes before the momentum, and so before caution. A negative one
-    # turns the update around.
+    # The learning rate is applied before momentum, and so before caution. A negative
+    # one flips the update.
     caution = Caution.of(
         locals(),
         direction="descent" if _is_negative(learning_rate) else "ascent",
@@ -144,9 +144,9 @@ def cautious_adafactor(
 
 
 def _is_negative(learning_rate: optax.ScalarOrSchedule | None) -> bool:
-    """Returns whether it is a number that is known by now, and below zero."""
+    """Return whether the rate is a concrete number below zero."""
     rate: Any = learning_rate
     if rate is None or callable(rate) or isinstance(rate, jax.core.Tracer):
         return False
-    # Not jnp.real, whose result is traced where the optimizer is made under jit.
+    # The result of jnp.real would be traced where the optimizer is built under jit.
     return complex(rate).real < 0

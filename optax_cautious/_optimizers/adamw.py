@@ -46,32 +46,32 @@ def cautious_adamw(
         \theta_{t+1} &\leftarrow \theta_t - \alpha_t (u_t + \lambda \theta_t)
       \end{align*}
 
-    The weight decay is outside the mask. The state is :func:`optax.adamw`'s, but for
-    ``monitor=True``: either restores the other's checkpoints.
+    Weight decay is not masked. Unless ``monitor=True``, the state is that of
+    :func:`optax.adamw`, and each restores the other's checkpoints.
 
     Args:
-      learning_rate: scalar or schedule; see :func:`optax.adamw`, as for all the
-        arguments up to `nesterov`.
+      learning_rate: scalar or schedule; for this and all arguments up to
+        `nesterov` see :func:`optax.adamw`.
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       eps: added to the denominator outside the square root.
       eps_root: added to the denominator inside the square root.
       mu_dtype: dtype of the first moment; that of the parameters by default.
-      weight_decay: strength of the decay, multiplied with the learning rate.
-      mask: the leaves to decay.
+      weight_decay: strength of the decay, multiplied by the learning rate.
+      mask: which leaves to decay.
       nesterov: whether to use Nesterov momentum.
-      cautious_decay: whether to decay only where that does not oppose the update, see
+      cautious_decay: whether to decay only where decay does not oppose the update; see
         :func:`add_cautious_decayed_weights`.
-      alignment: what the signs are compared of, see :func:`cautious`, as for all the
-        arguments that follow.
-      opposed_weight: the weight of a coordinate that disagrees with the gradient.
-      renormalize: how the remaining coordinates make up for the missing ones.
-      min_fraction: the least fraction that the update is divided by.
-      neutral: what to do where update or gradient is exactly zero or NaN.
-      stacked: how many leading axes stack leaves.
-      axis_name: the mapped axes that the leaves are split along.
-      caution_mask: the leaves to be cautious with (``mask`` of :func:`cautious`).
-      monitor: whether the state carries the fraction of coordinates that agreed.
+      alignment: unit whose agreement is judged. For this and all following arguments
+        see :func:`cautious`.
+      opposed_weight: weight of a coordinate whose update opposes the gradient.
+      renormalize: how the surviving coordinates are rescaled.
+      min_fraction: lower bound of the fraction by which the update is divided.
+      neutral: treatment of coordinates whose update or gradient is zero or NaN.
+      stacked: number of leading axes along which leaves are stacked.
+      axis_name: mapped axes along which the leaves are split.
+      caution_mask: which leaves caution applies to (``mask`` of :func:`cautious`).
+      monitor: whether the state records the fraction of coordinates that agreed.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.

@@ -41,30 +41,30 @@ def cautious_lion(
         m_t &\leftarrow \beta_2 m_{t-1} + (1 - \beta_2) g_t
       \end{align*}
 
-    The weight decay is outside the mask. The state is :func:`optax.lion`'s, but for
-    ``monitor=True``: either restores the other's checkpoints.
-    ``renormalize="plus_one"`` gives the scale of the authors' C-Lion.
+    Weight decay is not masked. Unless ``monitor=True``, the state is that of
+    :func:`optax.lion`, and each restores the other's checkpoints.
+    ``renormalize="plus_one"`` rescales as the authors' C-Lion does.
 
     Args:
-      learning_rate: scalar or schedule; see :func:`optax.lion`, as for all the
-        arguments up to `mask`.
+      learning_rate: scalar or schedule; for this and all arguments up to
+        `mask` see :func:`optax.lion`.
       b1: rate at which momentum and gradient are combined.
       b2: decay rate of the momentum.
       mu_dtype: dtype of the momentum; that of the parameters by default.
-      weight_decay: strength of the decay, multiplied with the learning rate.
-      mask: the leaves to decay.
-      cautious_decay: whether to decay only where that does not oppose the update, see
+      weight_decay: strength of the decay, multiplied by the learning rate.
+      mask: which leaves to decay.
+      cautious_decay: whether to decay only where decay does not oppose the update; see
         :func:`add_cautious_decayed_weights`.
-      alignment: what the signs are compared of, see :func:`cautious`, as for all the
-        arguments that follow.
-      opposed_weight: the weight of a coordinate that disagrees with the gradient.
-      renormalize: how the remaining coordinates make up for the missing ones.
-      min_fraction: the least fraction that the update is divided by.
-      neutral: what to do where update or gradient is exactly zero or NaN.
-      stacked: how many leading axes stack leaves.
-      axis_name: the mapped axes that the leaves are split along.
-      caution_mask: the leaves to be cautious with (``mask`` of :func:`cautious`).
-      monitor: whether the state carries the fraction of coordinates that agreed.
+      alignment: unit whose agreement is judged. For this and all following arguments
+        see :func:`cautious`.
+      opposed_weight: weight of a coordinate whose update opposes the gradient.
+      renormalize: how the surviving coordinates are rescaled.
+      min_fraction: lower bound of the fraction by which the update is divided.
+      neutral: treatment of coordinates whose update or gradient is zero or NaN.
+      stacked: number of leading axes along which leaves are stacked.
+      axis_name: mapped axes along which the leaves are split.
+      caution_mask: which leaves caution applies to (``mask`` of :func:`cautious`).
+      monitor: whether the state records the fraction of coordinates that agreed.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.

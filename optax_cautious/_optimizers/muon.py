@@ -61,56 +61,57 @@ def cautious_muon(
       \theta_{t+1} \leftarrow \theta_t
         - \alpha_t (O_t \cdot w_t / \max(\rho_t, \rho_{\min}) + \lambda \theta_t)
 
-    So before its weight decay no step moves a coordinate against the gradient. With
-    ``caution_on="momentum"``, as in the authors' present C-Muon, the momentum
-    :math:`m_t` of a matrix is masked before it is orthogonalized,
+    Apart from weight decay, no step moves a coordinate against the gradient. With
+    ``caution_on="momentum"``, as in the authors' current C-Muon, the momentum
+    :math:`m_t` of a matrix is masked before it is orthogonalized:
 
     .. math::
 
       \theta_{t+1} \leftarrow \theta_t - \alpha_t
         (O(m_t \cdot w_t / \max(\rho_t, \rho_{\min})) + \lambda \theta_t)
 
-    and then the step keeps its spectrum, but may move against the gradient. Its size is
-    that of the orthogonalized matrix, whatever the scale, so ``renormalize`` and
-    ``min_fraction`` matter for the other leaves alone, which are as before.
+    The step then keeps its spectrum, but may move against the gradient. Since
+    orthogonalization removes the scale, ``renormalize`` and ``min_fraction`` only
+    affect the other leaves, whose updates are masked as before.
 
-    The weight decays are outside the mask. The state is :func:`optax.contrib.muon`'s,
-    but for ``monitor=True``.
+    Weight decay is not masked. Unless ``monitor=True``, the state is that of
+    :func:`optax.contrib.muon`.
 
     Args:
-      learning_rate: scalar or schedule; see :func:`optax.contrib.muon`, as for all the
-        arguments up to `consistent_rms`.
+      learning_rate: scalar or schedule; for this and all arguments up to
+        `consistent_rms` see :func:`optax.contrib.muon`.
       ns_coeffs: coefficients of the Newton-Schulz iteration, or a preset's name.
       ns_steps: number of Newton-Schulz iterations.
       beta: decay rate of the momentum.
       eps: added to denominators.
-      weight_decay: strength of the matrices' decay, multiplied with the learning rate.
-      weight_decay_mask: the leaves to decay.
+      weight_decay: strength of the matrices' decay, multiplied by the learning rate.
+      weight_decay_mask: which leaves to decay.
       mu_dtype: dtype of the momentum; that of the parameters by default.
       nesterov: whether to use Nesterov momentum.
       adaptive: whether to scale by the dual norm of the momentum.
-      preconditioning: what to normalize by before the iterations.
+      preconditioning: norm to normalize by before the iterations.
       adam_b1: Adam's decay rate of the first moment.
       adam_b2: Adam's decay rate of the second moment.
       adam_eps_root: added inside Adam's square root.
       adam_weight_decay: strength of the other leaves' decay.
       adam_learning_rate: learning rate of the other leaves; `learning_rate` by default.
       muon_weight_dimension_numbers: which axes of which leaves form matrices.
-      consistent_rms: scale at which updates have a shape-independent root mean square.
-      cautious_decay: whether to decay only where that does not oppose the update, see
+      consistent_rms: if given, scale at which the root mean square of an update does
+        not depend on its shape; otherwise updates are scaled by their width.
+      cautious_decay: whether to decay only where decay does not oppose the update; see
         :func:`add_cautious_decayed_weights`.
-      caution_on: ``"update"`` masks the orthogonalized momentum, ``"momentum"`` the
-        momentum before it is orthogonalized.
-      alignment: what the signs are compared of, see :func:`cautious`, as for all the
-        arguments that follow.
-      opposed_weight: the weight of a coordinate that disagrees with the gradient.
-      renormalize: how the remaining coordinates make up for the missing ones.
-      min_fraction: the least fraction that the update is divided by.
-      neutral: what to do where update or gradient is exactly zero or NaN.
-      stacked: how many leading axes stack leaves.
-      axis_name: the mapped axes that the leaves are split along.
-      caution_mask: the leaves to be cautious with (``mask`` of :func:`cautious`).
-      monitor: whether the state carries the fraction of coordinates that agreed.
+      caution_on: ``"update"`` masks the orthogonalized momentum, ``"momentum"`` masks
+        the momentum before orthogonalization.
+      alignment: unit whose agreement is judged. For this and all following arguments
+        see :func:`cautious`.
+      opposed_weight: weight of a coordinate whose update opposes the gradient.
+      renormalize: how the surviving coordinates are rescaled.
+      min_fraction: lower bound of the fraction by which the update is divided.
+      neutral: treatment of coordinates whose update or gradient is zero or NaN.
+      stacked: number of leading axes along which leaves are stacked.
+      axis_name: mapped axes along which the leaves are split.
+      caution_mask: which leaves caution applies to (``mask`` of :func:`cautious`).
+      monitor: whether the state records the fraction of coordinates that agreed.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -175,7 +176,7 @@ def cautious_muon(
         adam_weight_decay=adam_weight_decay,
         adam_learning_rate=adam_learning_rate,
     )
-    # A learning rate of -1 leaves the direction, which points up the loss.
+    # With a learning rate of -1 the update points up the loss.
     direction = whole(-1.0, beta=beta, nesterov=nesterov)
     momentum = {
         "muon": optax.chain(
@@ -188,8 +189,8 @@ def cautious_muon(
             *[optax.identity()] * 2,
         ),
     }
-    # Without a momentum of its own, Muon orthogonalizes what it is given. Of its state
-    # only the coefficients matter then.
+    # Without momentum, Muon orthogonalizes its input, and of its state uses only the
+    # coefficients.
     orthogonalize = whole(-1.0, beta=0.0, nesterov=False)
     step = {
         "muon": optax.chain(
@@ -215,11 +216,11 @@ def cautious_muon(
         def partition(
             transforms: dict[str, optax.GradientTransformationExtraArgs],
         ) -> optax.GradientTransformationExtraArgs:
-            # By a function: a tree of labels may be callable, as an Equinox module is.
+            # A tree of labels may itself be callable, as an Equinox module is.
             return optax.partition(transforms, lambda _: labels)
 
-        # Muon's state holds one chain for each label. The last two links of each are
-        # decay and learning rate. Caution, which sees the whole tree, comes before.
+        # Muon's state holds a chain per label, which ends in decay and learning rate.
+        # Caution, which needs the whole tree, comes before these two.
         first = _map_links(
             lambda links: (*links[:-2], optax.EmptyState(), optax.EmptyState()), state
         )
@@ -250,7 +251,7 @@ def cautious_muon(
 def _momentum(
     beta: ArrayLike, nesterov: bool, mu_dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
-    """Makes what :func:`optax.contrib.scale_by_muon` orthogonalizes, in its state."""
+    """Build the momentum of :func:`optax.contrib.scale_by_muon`, in its state."""
 
     def update_fn(
         grads: optax.Updates,
@@ -269,12 +270,12 @@ def _momentum(
         mu = optax.tree.cast(mu, mu_dtype)
         return mu_hat, state._replace(count=count, mu=mu)
 
-    # The state is made by Muon itself.
+    # Muon itself initializes the state.
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update_fn)
 
 
 def _labels(state: optax.OptState) -> Any:
-    """Tells the matrices, which have a momentum in Muon's state, from the rest."""
+    """Label as "muon" the leaves with a momentum in Muon's state, others as "adam"."""
 
     def is_masked(mu: Any) -> bool:
         return isinstance(mu, optax.MaskedNode)
@@ -289,7 +290,7 @@ def _labels(state: optax.OptState) -> Any:
 def _map_links(
     f: Callable[..., tuple[Any, ...]], state: optax.OptState, *others: optax.OptState
 ) -> optax.OptState:
-    """Maps the chains' states in the state of an :func:`optax.partition` of chains."""
+    """Map over the chains' states in the state of an :func:`optax.partition`."""
     return state._replace(
         inner_states={
             label: masked._replace(

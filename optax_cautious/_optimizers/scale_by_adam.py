@@ -1,4 +1,4 @@
-"""Adam and caution in one, which saves a pass over Adam's second moment."""
+"""Adam fused with caution, which saves a pass over Adam's second moment."""
 
 import functools
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from optax_cautious._settings import Direction, merge, split
 
 
 class _Momentum(NamedTuple):
-    """What Adam's first moment is made by; `b1` may be traced."""
+    """The settings of Adam's first moment; `b1` may be traced."""
 
     b1: ArrayLike
     nesterov: bool
@@ -28,19 +28,19 @@ def scale_by_cautious_adam(
     mu_dtype: DTypeLike | None,
     nesterov: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Makes :func:`optax.scale_by_adam` cautious.
+    r"""Build a cautious :func:`optax.scale_by_adam`.
 
     The denominator of :math:`u_t = \hat{m}_t / (\sqrt{\hat{v}_t} + \varepsilon)` is
-    positive, so the sign of :math:`u_t` is that of :math:`\hat{m}_t`, which takes the
-    gradient and the first moment to know. Counting by it reads two arrays; by the
-    update, three. (An update may also underflow to zero, which has no sign. Its weight
-    changes nothing then, but it is counted.)
+    positive, so the sign of :math:`u_t` is that of :math:`\hat{m}_t`, which depends on
+    the gradient and the first moment alone. Counting agreements by :math:`\hat{m}_t`
+    reads two arrays instead of three. (Where the update underflows to zero, the
+    coordinate is still counted as agreeing, while its weight has no effect.)
     """
     adam = optax.scale_by_adam(
         b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
     )
-    # A number must not become an array on its way: 1 - b1 would be rounded otherwise
-    # than in Optax, and the compiler could merge nothing.
+    # A number must not become an array here: 1 - b1 would round differently than in
+    # Optax, and the compiler could no longer merge the two computations.
     momentum, arrays = split(_Momentum(b1, nesterov))
 
     def compare_by(state: optax.ScaleByAdamState) -> Compare:
@@ -71,24 +71,24 @@ def _compare(
         m_hat = _m_hat(g, m, count, momentum)
         return _rule.agreement(m_hat, g, direction=direction)
 
-    def computed_again(g: jax.Array, m: jax.Array) -> jax.Array:
+    def recomputed(g: jax.Array, m: jax.Array) -> jax.Array:
         # Without the barrier a compiler merges this with the agreement for the weights
-        # and keeps that, or the moment, from the count to the step: more traffic than
-        # reading g and m twice. Only m goes through: clipping, say, may just have made
-        # g, which the barrier would store. XLA:CPU would copy what goes through.
+        # and stores that, or the moment, between count and step: more traffic than
+        # reading g and m twice. Only m passes the barrier, which would materialize g if
+        # it was just computed, by clipping for example. XLA:CPU copies its operands.
         return agreement(g, jax.lax.optimization_barrier(m))
 
     weighed = agreement(g, m)
     if g.size <= _mean.SMALL:
         return _rule.Agreement(weighed=weighed, counted=weighed)
-    counted = jax.lax.platform_dependent(g, m, cpu=agreement, default=computed_again)
+    counted = jax.lax.platform_dependent(g, m, cpu=agreement, default=recomputed)
     return _rule.Agreement(weighed=weighed, counted=counted)
 
 
 def _m_hat(
     g: jax.Array, m: jax.Array, count: jax.Array, momentum: _Momentum
 ) -> jax.Array:
-    """Returns Adam's m-hat, up to a positive factor."""
+    """Return Adam's m-hat, up to a positive factor."""
     b1 = momentum.b1
     m = optax.tree.update_moment(g, m, b1, 1)
     if not momentum.nesterov:

@@ -40,26 +40,26 @@ def cautious_sgd(
           - \alpha_t u_t \cdot w_t / \max(\rho_t, \rho_{\min})
       \end{align*}
 
-    The state is :func:`optax.sgd`'s: either restores the other's checkpoints. Without
-    momentum the update is the gradient, and only the rescaling for zero coordinates is
-    left.
+    Unless ``monitor=True``, the state is that of :func:`optax.sgd`, and each restores
+    the other's checkpoints. Without momentum the update is the gradient, and caution
+    only rescales leaves with zero gradients.
 
     Args:
-      learning_rate: scalar or schedule; see :func:`optax.sgd`, as for all the
-        arguments up to `accumulator_dtype`.
+      learning_rate: scalar or schedule; for this and all arguments up to
+        `accumulator_dtype` see :func:`optax.sgd`.
       momentum: decay rate of the momentum; none by default.
       nesterov: whether to use Nesterov momentum.
       accumulator_dtype: dtype of the momentum; that of the parameters by default.
-      alignment: what the signs are compared of, see :func:`cautious`, as for all the
-        arguments that follow.
-      opposed_weight: the weight of a coordinate that disagrees with the gradient.
-      renormalize: how the remaining coordinates make up for the missing ones.
-      min_fraction: the least fraction that the update is divided by.
-      neutral: what to do where update or gradient is exactly zero or NaN.
-      stacked: how many leading axes stack leaves.
-      axis_name: the mapped axes that the leaves are split along.
-      caution_mask: the leaves to be cautious with (``mask`` of :func:`cautious`).
-      monitor: whether the state carries the fraction of coordinates that agreed.
+      alignment: unit whose agreement is judged. For this and all following arguments
+        see :func:`cautious`.
+      opposed_weight: weight of a coordinate whose update opposes the gradient.
+      renormalize: how the surviving coordinates are rescaled.
+      min_fraction: lower bound of the fraction by which the update is divided.
+      neutral: treatment of coordinates whose update or gradient is zero or NaN.
+      stacked: number of leading axes along which leaves are stacked.
+      axis_name: mapped axes along which the leaves are split.
+      caution_mask: which leaves caution applies to (``mask`` of :func:`cautious`).
+      monitor: whether the state records the fraction of coordinates that agreed.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.

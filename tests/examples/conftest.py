@@ -1,4 +1,4 @@
-"""What any module of the examples' tests may ask for by name."""
+"""Fixtures shared by the tests of the examples."""
 
 import jax
 import pytest
@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def little_optimization():
-    """These programs run for less time than it takes to optimize them."""
+    """Disable most optimizations, as they take longer than running these programs."""
     from examples.training import engine
 
     engine._compile.cache_clear()

@@ -1,4 +1,4 @@
-"""What tests of data share: documents, files, and checks."""
+"""Helpers for tests of data: documents, files and checks."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ WORDS = ["the", "optimizer", "moves", "a", "weight", "along", "its", "gradient"]
 
 
 def make_documents(count, words, seed=0):
-    """Documents made of a few words, all different."""
+    """Make distinct documents from a few words."""
     generator = random.Random(seed)
     return [
         f"document {seed} {i}\n" + " ".join(generator.choices(WORDS, k=words))
@@ -30,14 +30,14 @@ VALIDATION = make_documents(40, 24, seed=2)
 
 
 def write_text_files(directory):
-    """Writes thirty documents, each into a file."""
+    """Write thirty documents, one per file."""
     for i, text in enumerate(make_documents(30, 400)):
         (directory / f"{i}.txt").write_text(text)
     return directory
 
 
 def write_shard(path, documents):
-    """Writes documents and their addresses, in the format that the name says."""
+    """Write documents and their URLs, in the format of the file's suffix."""
     rows = [{"url": f"u{i}", "text": text} for i, text in enumerate(documents)]
     if path.suffix == ".parquet":
         from pyarrow import Table, parquet
@@ -49,7 +49,7 @@ def write_shard(path, documents):
 
 
 def write_dataset(directory, kind="parquet", validation=VALIDATION):
-    """Writes a dataset of four training files and one to validate on."""
+    """Write a dataset of four training files and one validation file."""
     for i in range(4):
         write_shard(directory / f"train-{i}.{kind}", TRAINING[12 * i :][:12])
     write_shard(directory / f"validation-0.{kind}", validation)
@@ -57,7 +57,7 @@ def write_dataset(directory, kind="parquet", validation=VALIDATION):
 
 
 def save_tokenizer(directory):
-    """Writes the tokenizer that is trained on the text files."""
+    """Write the tokenizer that is trained on the text files."""
     documents, _ = split_documents(make_documents(30, 400), 0.1)
     path = directory / "tokenizer.json"
     train_tokenizer(documents, 300, END_OF_DOCUMENT).save(str(path))
@@ -65,7 +65,7 @@ def save_tokenizer(directory):
 
 
 def record_training(monkeypatch, module):
-    """Returns a list that gets the vocabulary size of each tokenizer trained in it."""
+    """Return a list that records the vocabulary size of each tokenizer trained."""
     sizes = []
 
     def train(documents, vocab_size, end_of_document):
@@ -77,7 +77,7 @@ def record_training(monkeypatch, module):
 
 
 def split_at_ends(stream, tokenizer):
-    """The documents that end in a stream of tokens."""
+    """Return the documents that end in a stream of tokens."""
     ends = np.flatnonzero(stream == tokenizer.token_to_id(END_OF_DOCUMENT))
     return [
         tokenizer.decode(part.tolist()[:-1])
@@ -90,7 +90,7 @@ def sorted_rows(batch):
 
 
 def assert_resumes(dataset, steps, every=1):
-    """From each state, in a new iterator and in a used one, the same follows."""
+    """Check that new and used iterators resume exactly from each state."""
     iterator = iter(dataset)
     states, batches = [], []
     for _ in range(steps):
@@ -113,7 +113,7 @@ def assert_resumes(dataset, steps, every=1):
 
 @contextmanager
 def short_turns():
-    """Each of many short calls that let go of the interpreter waits for a turn."""
+    """Shorten the switch interval, for which short calls that release the GIL wait."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     yield

@@ -1,4 +1,4 @@
-"""What the tests of the masked autoencoder's commands share: a model, and a run."""
+"""Fixtures for the tests of the masked autoencoder's commands."""
 
 import json
 
@@ -17,7 +17,7 @@ from examples.training.checkpoint import Checkpoints
 from examples.training.config import TrainConfig, to_json
 from examples.training.step import TrainState
 
-# No two sizes are the same.
+# All feature sizes differ.
 MODEL = ModelConfig(
     image_size=20,
     patch_size=4,
@@ -36,7 +36,7 @@ MODEL = ModelConfig(
 
 
 def random_params(model, seed=0):
-    """Weights each of which counts: attention is not uniform, and norms scale."""
+    """Draw parameters that all matter: attention is not uniform, and norms scale."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -58,9 +58,13 @@ def write_pictures(directory, count, size):
 
 
 def write_run(directory, task, losses):
-    """Writes a run with a checkpoint at each of some steps, from its validation loss.
+    """Write a run with a checkpoint for each step in ``losses``.
 
-    The parameters at a step are the random ones of that seed.
+    Args:
+        directory: the directory of the run.
+        task: the task.
+        losses: validation losses by step. The parameters at a step are
+            ``random_params`` with the step as seed.
     """
     directory.mkdir()
     (directory / "config.json").write_text(to_json(TrainConfig(task)))
@@ -81,6 +85,6 @@ def write_run(directory, task, losses):
 
 
 def run_command(name, *arguments):
-    """Runs a command of the program in this process."""
+    """Run a command of the program in this process."""
     arguments = [name, *map(str, arguments)]
     return command_line.main("python -m examples.mae", EXPERIMENT, COMMANDS, arguments)

@@ -1,4 +1,4 @@
-"""Fine-tuning on sentence tasks: its data, its scores, its start, and whole runs."""
+"""Fine-tuning on sentence tasks: data, scores, pretrained models, and whole runs."""
 
 import ast
 import csv
@@ -23,7 +23,13 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from examples.glue import standard_library
 from examples.glue.__main__ import COMMANDS
 from examples.glue.config import DataConfig, HeadConfig
-from examples.glue.data import label_names, make_examples, truncate
+from examples.glue.data import (
+    LABELS_NAME,
+    label_names,
+    make_examples,
+    read_labels,
+    truncate,
+)
 from examples.glue.scores import scores
 from examples.glue.standard_library import Row, docstring_rows, package_rows
 from examples.glue.tables import read_rows
@@ -51,7 +57,7 @@ WORDS = ["the", "optimizer", "moves", "a", "weight", "along", "its", "gradient"]
 
 @pytest.fixture(scope="module")
 def pretrained(little_optimization, tmp_path_factory):
-    """Two runs of the Llama, from different seeds."""
+    """Train two Llamas from different seeds."""
     documents = write_documents(tmp_path_factory.mktemp("documents"))
     data = LlamaDataConfig(
         data=(str(documents),),
@@ -82,7 +88,7 @@ def write_table(path, rows, header=("text", "label")):
 
 
 def some_rows(count=60):
-    """Texts that begin with one of three words, which is the label."""
+    """Yield texts that begin with one of three words, which is their label."""
     generator = np.random.default_rng(0)
     for i in range(count):
         first = WORDS[i % 3]
@@ -124,10 +130,10 @@ def run_glue(name, *arguments):
     return command_line.main("python -m examples.glue", EXPERIMENT, COMMANDS, arguments)
 
 
-# The tasks made of the standard library
+# The tasks built from the standard library
 
 
-def test_no_module_is_both_trained_and_validated_on(monkeypatch):
+def test_no_module_is_in_both_splits(monkeypatch):
     sides = []
     split = standard_library._split
 
@@ -137,7 +143,7 @@ def test_no_module_is_both_trained_and_validated_on(monkeypatch):
 
     monkeypatch.setattr(standard_library, "_split", recording)
     monkeypatch.setattr(standard_library, "_MOST", 10**6)
-    rows = package_rows.__wrapped__(0.2)  # Whatever was made before.
+    rows = package_rows.__wrapped__(0.2)  # Bypass the cache.
     assert len(sides) == 8
     for train_modules, validation_modules in sides:
         assert train_modules
@@ -156,13 +162,13 @@ def test_no_module_is_both_trained_and_validated_on(monkeypatch):
     )
 
 
-def test_half_of_the_docstrings_are_exchanged():
+def test_half_of_the_docstrings_are_swapped():
     for side in docstring_rows(0.2):
         own = {row.texts for row in side if row.label == "own"}
         other = {row.texts for row in side if row.label != "own"}
         assert len(own) == len(other) > 100
         assert not own & other
-        # Neither a docstring nor a function alone says which it is.
+        # Neither a docstring nor a function alone reveals the label.
         for i in (0, 1):
             assert {texts[i] for texts in own} == {texts[i] for texts in other}
         for docstring, code in own:
@@ -173,17 +179,17 @@ def test_half_of_the_docstrings_are_exchanged():
 # Examples
 
 
-def test_an_example_is_written_as_in_pretraining(vocabulary):
+def test_examples_are_tokenized_as_in_pretraining(vocabulary):
     config = DataConfig(sequence_length=16)
     (a,), (b,) = vocabulary.tokenize(["the weight"]), vocabulary.tokenize(["moves"])
     end = vocabulary.start
     long = "the weight " * 9
     texts = [("the weight", "moves"), ("moves", ""), (long, "moves")]
     rows = [Row(pair, label) for pair, label in zip(texts, "100")]
-    examples, cut = make_examples(rows, ["0", "1"], vocabulary, config)
+    examples, truncated = make_examples(rows, ["0", "1"], vocabulary, config)
     line = [end, *a, end, *b]
     assert len(line) <= 16
-    assert cut == 1
+    assert truncated == 1
     assert examples["last"][2] == 15
     np.testing.assert_array_equal(examples["tokens"][0, : len(line)], line)
     assert examples["last"][0] == len(line) - 1
@@ -204,12 +210,12 @@ def test_an_example_is_written_as_in_pretraining(vocabulary):
         ([0, 9], 7, [0, 7]),
     ],
 )
-def test_the_longer_text_is_cut(sizes, room, kept):
+def test_the_longer_text_is_truncated(sizes, room, kept):
     parts = [np.zeros(size) for size in sizes]
     assert truncate(parts, room) == kept
 
 
-def test_numbers_are_labels_in_their_order():
+def test_numeric_labels_are_in_numeric_order():
     rows = [Row(("",), label) for label in ("10", "9", "-1", "9")]
     assert label_names(rows, HeadConfig(3)) == ["-1", "9", "10"]
     assert label_names(rows, HeadConfig(1)) == []
@@ -221,21 +227,21 @@ def test_the_loss_is_the_mean_over_all_examples(pretrained, table):
     data = task.load(0, 0, 1, config.from_run)
     params = task.start_from(config.from_run, 0)
     count = int((data.validation["weight"] > 0).sum())
-    assert count % 8  # The last batch is filled up.
+    assert count % 8  # The last batch is padded.
     for parts in (1, 2):
         loss, outputs = jax.jit(step.make_evaluate(task, parts))(
             params, data.validation
         )
-        there = np.asarray(outputs["weight"]) > 0
-        assert there.sum() == count
-        logits = np.asarray(outputs["logits"], np.float64)[there]
-        label = np.asarray(outputs["label"])[there]
+        valid = np.asarray(outputs["weight"]) > 0
+        assert valid.sum() == count
+        logits = np.asarray(outputs["logits"], np.float64)[valid]
+        label = np.asarray(outputs["label"])[valid]
         normalized = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected = -normalized[np.arange(count), label].mean()
         assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_follows_the_last_token_has_no_effect(pretrained, table):
+def test_tokens_after_the_last_one_have_no_effect(pretrained, table):
     config = glue_config(pretrained, table)
     task = config.task
     batch = next(iter(task.load(0, 0, 1, config.from_run).train))
@@ -266,16 +272,16 @@ def test_scores():
     assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 4], [1, 5, 6])[0, 1])
 
 
-def test_a_score_of_what_does_not_vary_is_zero():
+def test_a_correlation_with_a_constant_is_zero():
     constant = np.zeros((3, 1))
     found = scores(("pearson", "spearman"), constant, np.array([1.0, 2.0, 3.0]))
     assert found == {"pearson": 0.0, "spearman": 0.0}
 
 
-# The start
+# Pretrained models
 
 
-def test_the_body_is_the_pretrained_one_and_the_head_is_drawn(pretrained, table):
+def test_the_body_is_pretrained_and_the_head_is_new(pretrained, table):
     task = glue_config(pretrained, table).task
     body = load_trained(Source(pretrained[0]), LlamaTask).params
     first, second = (task.start_from(pretrained[0], seed) for seed in (0, 1))
@@ -286,7 +292,7 @@ def test_the_body_is_the_pretrained_one_and_the_head_is_drawn(pretrained, table)
     assert (first["score"]["kernel"] != second["score"]["kernel"]).all()
 
 
-def test_a_llama_in_the_format_of_hugging_face(pretrained, table, tmp_path):
+def test_fine_tuning_from_hugging_faces_format(pretrained, table, tmp_path):
     directory = tmp_path / "exported"
     export(Source(pretrained[0]), directory)
     found, run = open_pretrained(directory), open_pretrained(pretrained[0])
@@ -298,7 +304,7 @@ def test_a_llama_in_the_format_of_hugging_face(pretrained, table, tmp_path):
     assert records == train(glue_config(pretrained, table), tmp_path / "same")
 
 
-def test_the_llama_goes_on_from_hugging_faces_format(pretrained, tmp_path):
+def test_pretraining_continues_from_hugging_faces_format(pretrained, tmp_path):
     directory = tmp_path / "exported"
     export(Source(pretrained[0]), directory)
     config = load_trained(Source(pretrained[0]), LlamaTask).config
@@ -316,22 +322,22 @@ def test_the_llama_goes_on_from_hugging_faces_format(pretrained, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "differs from the Llama here in model_type"),
-        ({"attention_bias": True}, "differs from the Llama here in attention_bias"),
+        ({"model_type": "mistral"}, "differs from the supported Llama in model_type"),
+        ({"attention_bias": True}, "from the supported Llama in attention_bias"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "scales its rotary frequencies"),
-        ({"head_dim": 16}, "has a head_dim that is not"),
-        ({"hidden_size": None}, "is not that of a Llama"),
+        ({"head_dim": 16}, "head_dim in .* must be hidden_size / num_attention_heads"),
+        ({"hidden_size": None}, "does not describe a Llama"),
         ({"quantization_config": {"load_in_8bit": True}}, "in quantization_config"),
         ({"rope_parameters": {"type": "linear"}}, "scales its rotary frequencies"),
         ({"rope_parameters": {"factor": 4.0}}, "scales its rotary frequencies"),
-        ({"rope_scaling": "linear"}, "is not that of a Llama"),
-        ({"eos_token_id": None}, "has the eos_token_id None, which is no token"),
-        ({"eos_token_id": 10_000}, "has the eos_token_id 10000, which is no token"),
-        ({"eos_token_id": []}, "is not that of a Llama"),
-        ({"bos_token_id": "<s>"}, "has the bos_token_id <s>, which is no token"),
+        ({"rope_scaling": "linear"}, "does not describe a Llama"),
+        ({"eos_token_id": None}, "eos_token_id in .* is None, which is not a token"),
+        ({"eos_token_id": 10_000}, "eos_token_id in .* is 10000, which is not a token"),
+        ({"eos_token_id": []}, "does not describe a Llama"),
+        ({"bos_token_id": "<s>"}, "bos_token_id in .* is <s>, which is not a token"),
     ],
 )
-def test_other_models_are_refused(changes, message, pretrained, tmp_path):
+def test_unsupported_models_are_refused(changes, message, pretrained, tmp_path):
     directory = tmp_path / "exported"
     export(Source(pretrained[0]), directory)
     path = directory / "config.json"
@@ -340,29 +346,29 @@ def test_other_models_are_refused(changes, message, pretrained, tmp_path):
         open_pretrained(directory)
 
 
-def test_tensors_that_are_missing_or_of_another_size(pretrained, tmp_path):
+def test_missing_or_mismatched_tensors_are_refused(pretrained, tmp_path):
     directory = tmp_path / "exported"
     export(Source(pretrained[0]), directory)
     path = directory / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(InputError, match=r"there is no tensor model.layers.2"):
+    with pytest.raises(InputError, match=r"has no tensor model.layers.2"):
         open_pretrained(directory).load_params()
     path.write_text(json.dumps({**config, "vocab_size": 305}))
-    with pytest.raises(InputError, match=r"embed_tokens.weight in .* is \(304, 32\)"):
+    with pytest.raises(InputError, match=r"embed_tokens.weight in .* \(304, 32\)"):
         open_pretrained(directory).load_params()
     path.write_text(json.dumps(config))
     tensors = load_file(directory / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
     for changes, message in (
-        ({f"{name}.bias": np.zeros(32, np.float32)}, f"not have: {name}.bias"),
-        ({f"{name}.weight": np.zeros((32, 32), np.int8)}, "is of int8, not of a float"),
+        ({f"{name}.bias": np.zeros(32, np.float32)}, f"unexpected .* {name}.bias"),
+        ({f"{name}.weight": np.zeros((32, 32), np.int8)}, "has dtype int8, which is"),
     ):
         save_file({**tensors, **changes}, directory / "model.safetensors")
         with pytest.raises(InputError, match=message):
             open_pretrained(directory).load_params()
     (directory / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"there is no .*model.safetensors"):
+    with pytest.raises(InputError, match=r"model.safetensors does not exist"):
         open_pretrained(directory).load_params()
     for text in ("{", "[]", "{}"):
         (directory / "model.safetensors.index.json").write_text(text)
@@ -372,8 +378,8 @@ def test_tensors_that_are_missing_or_of_another_size(pretrained, tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_transformers_writes(tied, dtype, pretrained, tmp_path):
-    """Several files, bfloat16, tied embeddings, and other constants than here."""
+def test_checkpoints_as_transformers_writes_them(tied, dtype, pretrained, tmp_path):
+    """Several files, bfloat16, tied embeddings, and different constants."""
     directory = tmp_path / "exported"
     export(Source(pretrained[0]), directory)
     expected = open_pretrained(pretrained[0]).load_params()
@@ -429,81 +435,95 @@ def test_what_transformers_writes(tied, dtype, pretrained, tmp_path):
             "label_column: .* no column 'label' of lab",
         ),
         (("text", "label"), lambda: [], {}, "has no rows"),
-        (("text", "label"), lambda: [("a", "b")], {}, "has one text only"),
+        (("text", "label"), lambda: [("a", "b")], {}, "has only one distinct text"),
         (
             ("text", "label"),
             lambda: [(f"text {i}", f"{i % 4}") for i in range(40)],
             {},
-            "num_labels is 3, and the training data have 4: 0, 1, 2, 3; pass --num-la",
+            r"num_labels is 3, but .* 4 labels \(0, 1, 2, 3\); pass --num-labels 4",
         ),
         (
             ("text", "label"),
             lambda: list(some_rows(9)),
             {},
-            "examples to train on, too few for a batch of 8",
+            "training examples are too few for a batch of 8",
         ),
     ],
 )
-def test_tables_that_do_not_fit(header, rows, data, message, pretrained, tmp_path):
+def test_unsuitable_tables_are_refused(
+    header, rows, data, message, pretrained, tmp_path
+):
     path = write_table(tmp_path / "rows.csv", rows(), header)
     config = glue_config(pretrained, path, **data)
     with pytest.raises(InputError, match=message):
         config.task.load(0, 0, 1, config.from_run)
 
 
-def test_a_label_that_the_model_has_not_seen(vocabulary):
-    with pytest.raises(InputError, match="have the label 'c', and the training data "):
+def test_unknown_labels_are_refused(vocabulary):
+    message = r"have the label 'c', which is not in the training data \(a, b\)"
+    with pytest.raises(InputError, match=message):
         make_examples([Row(("a",), "c")], ["a", "b"], vocabulary, DataConfig())
-    with pytest.raises(InputError, match="'c' is no number; pass --num-labels"):
+    with pytest.raises(InputError, match=r"'c' is not a number; .* pass --num-labels"):
         make_examples([Row(("a",), "c")], [], vocabulary, DataConfig())
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("rows.xlsx", "is not one of .csv"), ("absent.csv", "there is no file")],
+    [
+        ("rows.xlsx", "the suffix of .*rows.xlsx is not one of .csv"),
+        ("absent.csv", "absent.csv does not exist"),
+        ("", "is a directory; pass a file, or a dataset as --data hf:NAME"),
+    ],
 )
-def test_files_that_are_no_tables(name, message, pretrained, tmp_path):
+def test_files_that_are_not_tables_are_refused(name, message, pretrained, tmp_path):
     (tmp_path / "rows.xlsx").write_text("")
     config = glue_config(pretrained, tmp_path / name)
     with pytest.raises(InputError, match=f"data: .*{message}"):
         config.task.load(0, 0, 1, config.from_run)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"labels": []}'])
+def test_damaged_labels_are_reported(text, tmp_path):
+    (tmp_path / LABELS_NAME).write_text(text)
+    with pytest.raises(InputError, match=r"from: .*labels.json is damaged; restore it"):
+        read_labels("from", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("labels", "metrics", "message"),
     [
-        (1, ("accuracy",), "accuracy cannot be computed of numbers"),
-        (2, ("pearson",), "pearson cannot be computed of classes"),
-        (3, ("f1",), "f1 is of two classes, and num_labels is 3"),
+        (1, ("accuracy",), "accuracy cannot be computed for numbers"),
+        (2, ("pearson",), "pearson cannot be computed for classes"),
+        (3, ("f1",), "f1 requires num_labels to be 2, got 3"),
     ],
 )
-def test_scores_that_do_not_fit(labels, metrics, message):
+def test_metrics_that_do_not_suit_the_head_are_refused(labels, metrics, message):
     with pytest.raises(InputError, match=message):
         ClassificationTask(head=HeadConfig(labels), data=DataConfig(metrics=metrics))
 
 
-def test_a_body_of_another_width(pretrained, table, tmp_path):
+def test_a_body_of_another_width_is_refused(pretrained, table, tmp_path):
     config = glue_config(pretrained, table)
     wide = replace(MODEL, hidden_size=64, num_layers=3)
     config = replace(config, task=replace(config.task, model=wide))
     with pytest.raises(
         InputError,
-        match="is a model of other sizes; pass --hidden-size 32 --num-layers 2",
+        match="has another architecture; pass --hidden-size 32 --num-layers 2",
     ):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_without_a_pretrained_model(pretrained, table, tmp_path):
+def test_a_missing_pretrained_model_is_refused(pretrained, table, tmp_path):
     config = replace(glue_config(pretrained, table), from_run=None)
-    with pytest.raises(InputError, match="from: give the pretrained Llama"):
+    with pytest.raises(InputError, match="from: fine-tuning needs a pretrained Llama"):
         train(config, tmp_path / "run")
     config = replace(config, from_run=tmp_path)
-    with pytest.raises(InputError, match="holds neither checkpoints of a run nor a c"):
+    with pytest.raises(InputError, match="contains neither checkpoints of a run nor "):
         train(config, tmp_path / "run")
 
 
-# Data in other forms
+# Data in other formats
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
@@ -574,7 +594,7 @@ def test_a_local_copy_of_glue(name, pretrained, tmp_path):
     assert records[-1]["scores"].keys() == {*preset.task.data.metrics}
 
 
-def test_the_steps_of_glue_are_its_epochs():
+def test_the_steps_of_glue_presets_match_their_epochs():
     assert PRESETS["mrpc"].steps == 5 * 115
     assert PRESETS["mnli"].steps == 3 * 12272
     assert PRESETS["stsb"].task.head.num_labels == 1
@@ -583,13 +603,13 @@ def test_the_steps_of_glue_are_its_epochs():
 # Runs
 
 
-def test_it_learns_the_first_word(pretrained, table, tmp_path):
+def test_fine_tuning_learns_the_first_word(pretrained, table, tmp_path):
     config = replace(glue_config(pretrained, table), steps=120)
     records = train(config, tmp_path / "run")
     assert records[-1]["scores"]["accuracy"] > 0.9
 
 
-def test_a_run_on_a_mesh_goes_on_exactly(pretrained, table, tmp_path):
+def test_a_run_on_a_mesh_resumes_exactly(pretrained, table, tmp_path):
     config = glue_config(pretrained, table)
     alone = train(config, tmp_path / "alone")
     on_mesh = replace(config, mesh=(2, 2, 2))
@@ -599,7 +619,7 @@ def test_a_run_on_a_mesh_goes_on_exactly(pretrained, table, tmp_path):
     )
     first = train(on_mesh, tmp_path / "run", stop=lambda step: step == 3)
     assert len(first) == 3
-    # Neither the pretrained model nor its directory is needed any more.
+    # Resuming does not need the pretrained model.
     gone = pretrained[0].with_name("gone")
     pretrained[0].rename(gone)
     try:
@@ -608,7 +628,7 @@ def test_a_run_on_a_mesh_goes_on_exactly(pretrained, table, tmp_path):
         gone.rename(pretrained[0])
 
 
-def test_from_one_task_to_the_next(pretrained, table, tmp_path):
+def test_fine_tuning_from_a_fine_tuned_model(pretrained, table, tmp_path):
     config = glue_config(pretrained, table)
     train(config, tmp_path / "first")
     fine_tuned = load_trained(Source(tmp_path / "first"), ClassificationTask).params
@@ -619,7 +639,7 @@ def test_from_one_task_to_the_next(pretrained, table, tmp_path):
     assert train(again, tmp_path / "second")[-1]["step"] == 4
 
 
-def test_a_table_is_read_as_it_is_written(vocabulary, pretrained, tmp_path):
+def test_tables_are_read_verbatim(vocabulary, pretrained, tmp_path):
     path = tmp_path / "rows.csv"
     rows = [("null", "None"), ("12", "1"), ('"quoted", and', "NA"), ("x", "")]
     write_table(path, [*rows, *((f"{i}", "1") for i in range(5))])
@@ -650,7 +670,7 @@ def test_a_run_that_diverged_has_no_scores(pretrained, table, tmp_path):
     assert "learning rate 0.01" in differences[0]
 
 
-def test_paths_are_shortened_for_reading_only():
+def test_paths_are_shortened_for_display():
     def run(path):
         point = (("from_run", path), ("learning_rate", "0.1"))
         return history.History(
@@ -670,7 +690,7 @@ def test_paths_are_shortened_for_reading_only():
     assert short("a/x", "a/x/") == ["a/x", "a/x/"]
 
 
-def test_compare_two_pretrained_models(pretrained, table, tmp_path):
+def test_two_pretrained_models_are_compared(pretrained, table, tmp_path):
     config = glue_config(pretrained, table)
     file = tmp_path / "config.json"
     file.write_text(to_json(config))
@@ -684,7 +704,7 @@ def test_compare_two_pretrained_models(pretrained, table, tmp_path):
     rows = [line for line in report.splitlines() if "| accuracy" in line]
     assert "accuracy" in report.splitlines()[2]
     differences = [row for row in rows if " - " in row]
-    # Caution at either start, and the other start with either optimizer.
+    # Caution for each pretrained model, and pretraining for each optimizer.
     assert len(differences) == 4
     assert sum("cautious AdamW - AdamW" in row for row in differences) == 2
     assert all(re.search(r"[+-]\d\.\d{4} to [+-]\d\.\d{4}", row) for row in differences)
@@ -709,11 +729,13 @@ def test_generating_from_a_classifier_is_refused(pretrained, table, tmp_path):
         run_command("generate", ["--run-dir", tmp_path / "run"])
 
 
-def test_every_start_is_checked_before_the_first_run(pretrained, table, tmp_path):
+def test_all_pretrained_models_are_checked_before_the_first_run(
+    pretrained, table, tmp_path
+):
     file = tmp_path / "config.json"
     file.write_text(to_json(glue_config(pretrained, table)))
     out = tmp_path / "out"
-    with pytest.raises(SystemExit, match="holds neither checkpoints of a run nor a c"):
+    with pytest.raises(SystemExit, match="contains neither checkpoints of a run nor "):
         run_glue(
             "compare",
             *("--config-file", file, "--output-dir", out),
@@ -722,17 +744,17 @@ def test_every_start_is_checked_before_the_first_run(pretrained, table, tmp_path
     assert not list(out.iterdir())
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model(pretrained):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(pretrained):
     found = open_pretrained(pretrained[0])
     size = found.model.vocab_size
-    with pytest.raises(InputError, match=f"has {size} tokens, and the model knows 300"):
+    with pytest.raises(InputError, match=f"has {size} tokens, .* vocab_size is 300"):
         read_vocabulary(found.tokenizer, found.start_of_document, 300)
     with pytest.raises(InputError, match="has no token '<s>'"):
         read_vocabulary(found.tokenizer, "<s>", size)
 
 
-def test_what_is_left_out_of_validation_is_said(pretrained, table, capsys):
+def test_skipped_validation_examples_are_reported(pretrained, table, capsys):
     config = glue_config(pretrained, table, validation_batches=1)
     data = config.task.load(0, 0, 1, config.from_run)
     assert data.validation["label"].shape == (1, 8)
-    assert "Left out 4 other validation examples." in capsys.readouterr().out
+    assert "Skipped 4 other validation examples." in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A fine-tuned model in transformers computes the same logits."""
+"""Export of a fine-tuned model, and parity of its logits with transformers."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ TEXTS = ("the optimizer moves", "x", "a weight along its gradient " * 9)
 
 
 def fine_tune(directory, labels):
-    """Trains a Llama and fine-tunes it, on numbers where there is one label."""
+    """Train a Llama and fine-tune it; with one label, to predict numbers."""
     documents = directory / "documents"
     documents.mkdir()
     data = LlamaDataConfig(
@@ -67,11 +67,11 @@ def fine_tune(directory, labels):
 
 
 @pytest.mark.parametrize("labels", [1, 3])
-def test_the_logits_in_transformers(labels, tmp_path):
+def test_logits_match_transformers(labels, tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra [parity]")
     transformers = pytest.importorskip("transformers", reason="needs [parity]")
     run_dir = fine_tune(tmp_path, labels)
-    # What was pretrained is not needed any more.
+    # The export does not need the pretrained run.
     (tmp_path / "pretrained").rename(tmp_path / "elsewhere")
     export(Source(run_dir), tmp_path / "out")
     task, _, params = load_trained(Source(run_dir), ClassificationTask)
@@ -92,7 +92,7 @@ def test_the_logits_in_transformers(labels, tmp_path):
         batch = model(input_ids=tokens).logits.numpy()
     np.testing.assert_allclose(outputs["logits"], batch, rtol=0, atol=1e-4)
     assert np.abs(batch).max() > 0.1
-    # As a user would tokenize, one by one.
+    # Tokenize one text at a time, as a user would.
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for text, expected in zip(TEXTS[:2], batch[:2]):
         ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
@@ -101,7 +101,7 @@ def test_the_logits_in_transformers(labels, tmp_path):
         np.testing.assert_allclose(alone[0], expected, rtol=0, atol=1e-4)
 
 
-def test_what_is_exported(tmp_path):
+def test_exported_config(tmp_path):
     run_dir = fine_tune(tmp_path, 3)
     export(Source(run_dir), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The Llama example: the model, and the computations of training."""
+"""The model of the Llama example and its training computations."""
 
 import itertools
 import math
@@ -70,7 +70,7 @@ def initial_state():
 
 
 def block_of(model, layer):
-    """Takes one block out of the stack."""
+    """Return one block of the stack."""
     graphdef, blocks = nnx.split(model.blocks)
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], blocks))
 
@@ -78,7 +78,7 @@ def block_of(model, layer):
 # Model
 
 
-def test_a_token_is_not_seen_before_its_turn():
+def test_attention_is_causal():
     model = Llama(MODEL, nnx.Rngs(0))
     tokens = random_tokens()
     changed = tokens.at[:, 9].add(1)
@@ -89,7 +89,7 @@ def test_a_token_is_not_seen_before_its_turn():
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2, 8, 64]))
 @settings(max_examples=20)
-def test_rotated_products_depend_on_the_distance_only(seed, head_dim):
+def test_rotated_products_depend_only_on_the_distance(seed, head_dim):
     query, key = np.random.default_rng(seed).normal(size=(2, head_dim))
     everywhere = np.ones((1, 12, 1, 1), np.float32)
     q = np.asarray(rotary_embedding(jnp.asarray(everywhere * query), 100.0))[0, :, 0]
@@ -122,7 +122,7 @@ def test_rotary_frequencies():
         ("cpu", jnp.bfloat16, 128, None),
     ],
 )
-def test_attention_is_cudnns_where_it_has_a_kernel(
+def test_attention_uses_cudnn_where_it_has_a_kernel(
     platform, dtype, head_dim, chosen, monkeypatch
 ):
     backend = SimpleNamespace(platform_version=platform)
@@ -176,7 +176,7 @@ def test_rms_norm_in_numpy():
     assert norm.scale is not None
     norm.scale[...] = jnp.linspace(-1.0, 2.0, MODEL.hidden_size)
     x = np.random.default_rng(0).normal(1.0, 1e-3, (2, 5, MODEL.hidden_size))
-    x[1] *= 1e-3  # Where the epsilon counts.
+    x[1] *= 1e-3  # Small enough for the epsilon to matter.
     expected = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
     expected *= np.linspace(-1, 2, MODEL.hidden_size)
     np.testing.assert_allclose(call(norm, x.astype(np.float32)), expected, rtol=1e-5)
@@ -190,7 +190,7 @@ def test_feed_forward_in_numpy():
     np.testing.assert_allclose(call(layer, x), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_sublayers_add_to_a_stream_that_is_normalized_before_each():
+def test_sublayers_add_to_the_residual_stream_after_a_norm():
     model = Llama(MODEL, nnx.Rngs(0))
     tokens = random_tokens()
     x = model.embedding.embedding[...][tokens]
@@ -213,7 +213,7 @@ def test_number_of_parameters():
     assert optax.tree.size(nnx.state(Llama(MODEL, nnx.Rngs(0)))) == expected
 
 
-def test_bfloat16_computes_only():
+def test_bfloat16_affects_only_the_computation():
     model = Llama(replace(MODEL, dtype="bfloat16"), nnx.Rngs(0))
     reference = Llama(MODEL, nnx.Rngs(0))
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))}
@@ -225,7 +225,7 @@ def test_bfloat16_computes_only():
     assert (logits != logits.astype(jnp.bfloat16)).any()
 
 
-def test_an_untrained_model_guesses():
+def test_the_initial_loss_is_that_of_a_uniform_guess():
     params, _ = initial_state()
     loss = loss_fn(TASK, params, random_tokens(8, 64))
     assert abs(loss - math.log(MODEL.vocab_size)) < 0.05
@@ -244,7 +244,7 @@ def test_loss_in_numpy():
     np.testing.assert_allclose(loss, -np.log(right).mean(), rtol=1e-5)
 
 
-def test_every_block_has_weights_of_its_own():
+def test_every_block_has_its_own_weights():
     blocks = nnx.state(Llama(MODEL, nnx.Rngs(0)).blocks)
     for leaf in jax.tree.leaves(blocks):
         assert leaf.shape[0] == MODEL.num_layers
@@ -254,7 +254,7 @@ def test_every_block_has_weights_of_its_own():
 
 
 @pytest.mark.parametrize("option", [{"remat": True}, {"unroll": 2}])
-def test_how_it_is_computed_changes_nothing(option):
+def test_compute_settings_do_not_change_the_results(option):
     tokens = random_tokens()
     params, _ = initial_state()
     other = replace(TASK, model=replace(MODEL, **option))
@@ -269,7 +269,7 @@ def test_how_it_is_computed_changes_nothing(option):
     ("name", "parameters"),
     [("60m", 58_073_600), ("1b", 1_339_082_752), ("7b", 6_738_415_616)],
 )
-def test_the_models_of_the_paper(name, parameters):
+def test_parameter_counts_of_the_papers_models(name, parameters):
     assert count_parameters(LlamaTask(MODELS[name])) == parameters
 
 
@@ -286,7 +286,7 @@ def test_evaluation_is_the_mean_over_all_batches(parts):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_a_step_is_the_optimizers(parts):
+def test_a_step_applies_the_optimizer(parts):
     state = initial_state()
     state = state._replace(opt_state=optax.sgd(0.5).init(state.params))
     tokens = random_tokens(4)
@@ -302,7 +302,7 @@ def test_a_step_is_the_optimizers(parts):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_each_part_takes_sequences_from_all_over_the_batch():
+def test_each_part_takes_sequences_from_the_whole_batch():
     parts = step.cut(jnp.arange(12).reshape(6, 2), 3)
     np.testing.assert_array_equal(parts[:, :, 0] // 2, [[0, 3], [1, 4], [2, 5]])
 

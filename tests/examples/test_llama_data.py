@@ -1,4 +1,4 @@
-"""The data of the Llama example, of text files and of streamed datasets."""
+"""Data loading in the Llama example, from text files and from streamed datasets."""
 
 import errno
 import shutil
@@ -54,7 +54,7 @@ def stream_config(config, tokenizer_file, tmp_path_factory):
     return replace(config, data=(f"hf:{directory}",), tokenizer=str(tokenizer_file))
 
 
-def test_validation_is_the_same_on_more_processes(config):
+def test_validation_does_not_depend_on_the_number_of_processes(config):
     whole = load_data(config, 300, 0).validation
     parts = [load_data(config, 300, 0, p, 4).validation for p in range(4)]
     assert whole.shape == (2, 8, 33)
@@ -64,7 +64,7 @@ def test_validation_is_the_same_on_more_processes(config):
         assert sorted_rows(shares) == sorted_rows(whole[i])
 
 
-def test_the_corpus_is_summarized_once(config, capsys):
+def test_only_the_first_process_summarizes_the_corpus(config, capsys):
     corpus = load_corpus(config, 300)
     load_data(config, 300, 0, 1, 2)
     assert "Corpus" not in capsys.readouterr().out
@@ -83,7 +83,7 @@ def fingerprint(config, *arguments):
 
 
 @pytest.mark.parametrize("name", ["config", "stream_config"])
-def test_the_fingerprint_is_that_of_the_corpus(name, request, monkeypatch):
+def test_the_fingerprint_depends_only_on_the_corpus(name, request, monkeypatch):
     config = request.getfixturevalue(name)
     expected = fingerprint(config)
     assert fingerprint(config, 1) == expected
@@ -92,7 +92,7 @@ def test_the_fingerprint_is_that_of_the_corpus(name, request, monkeypatch):
     assert fingerprint(config) == expected
 
 
-def test_the_fingerprint_of_text_files_is_of_their_text(
+def test_the_fingerprint_of_text_files_depends_only_on_their_text(
     config, tokenizer_file, tmp_path
 ):
     (directory,) = config.data
@@ -111,7 +111,7 @@ def test_the_fingerprint_of_text_files_changes_with_a_document(
 ):
     sides = split_documents(make_documents(30, 400), 0.1)
     others = [text for text in sides[0] + sides[1] if text != sides[changed][0]]
-    # Of the documents that could replace it, one that leaves the other side as it is.
+    # Find a replacement that leaves the documents of the other split unchanged.
     documents = next(
         documents
         for text in make_documents(1000, 400, seed=3)
@@ -131,7 +131,7 @@ def test_the_fingerprint_of_a_stream_changes_with_a_document(
 ):
     tokenizer = load_tokenizer(str(tokenizer_file))
     lengths = [len(encode([text], tokenizer, END_OF_DOCUMENT)) for text in VALIDATION]
-    # The document in which the first window ends, or the last.
+    # Change the document in which the first or the last window ends.
     end = range(33, 2 * 8 * 33 + 1, 33)[window]
     changed = int(np.searchsorted(np.cumsum(lengths), end))
     documents = list(VALIDATION)
@@ -145,15 +145,15 @@ def test_the_fingerprint_of_a_stream_changes_with_a_document(
 # Errors
 
 
-def test_no_such_file(config, tmp_path):
-    with pytest.raises(InputError, match=r"data: there is no .*missing"):
+def test_a_missing_file(config, tmp_path):
+    with pytest.raises(InputError, match=r"data: .*missing does not exist"):
         load_data(replace(config, data=(str(tmp_path / "missing"),)), 300, 0)
 
 
-def test_a_cache_directory_that_cannot_be_made(config, tmp_path):
-    (tmp_path / "file").write_text("in the way")
+def test_a_cache_directory_that_cannot_be_created(config, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
     inside = tmp_path / "file" / "inside"
-    with pytest.raises(InputError, match=r"cache_dir: cannot make .*inside"):
+    with pytest.raises(InputError, match=r"cache_dir: cannot create .*inside"):
         load_data(replace(config, cache_dir=inside), 300, 0)
 
 
@@ -167,12 +167,12 @@ def test_a_cache_directory_that_cannot_be_written(config, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("room", [1000, 20_000])  # The tokenizer, or the tokens.
-def test_a_cache_directory_without_room(room, config, tmp_path):
-    resource = pytest.importorskip("resource", reason="limits the size of a file")
+def test_a_cache_directory_on_a_full_disk(room, config, tmp_path):
+    resource = pytest.importorskip("resource", reason="needed to limit file sizes")
     config = replace(config, cache_dir=tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    message = r"cache_dir: cannot write to .* \(.*\); make room .* another --cache-dir$"
+    message = r"cache_dir: cannot write to .* \(.*\); free some space .*--cache-dir\.$"
     try:
         with pytest.raises(InputError, match=message):
             load_data(config, 300, 0)
@@ -187,21 +187,21 @@ def test_a_cache_directory_without_room(room, config, tmp_path):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
-        # What NumPy raises.
+        # As raised by NumPy.
         (OSError("52224 requested and 16384 written"), "52224 requested and 16384 wr"),
     ],
 )
-def test_why_a_cache_directory_cannot_be_filled(error, reason, tmp_path):
+def test_errors_while_filling_a_cache_directory(error, reason, tmp_path):
     def fill(directory):
         (directory / "part").write_text("some of it")
         raise error
 
-    with pytest.raises(InputError, match=rf"cache_dir: .*llama \({reason}.*\); make"):
+    with pytest.raises(InputError, match=rf"cache_dir: .*llama \({reason}.*\); free"):
         cached(tmp_path, ["key"], fill)
     assert list((tmp_path / "llama").iterdir()) == []
 
 
-def test_a_directory_that_another_process_filled_meanwhile(tmp_path):
+def test_a_cache_directory_filled_by_another_process_meanwhile(tmp_path):
     def fill(directory):
         (directory / "part").write_text("first")
         cached(tmp_path, ["key"], lambda d: (d / "part").write_text("second"))
@@ -214,22 +214,23 @@ def test_a_directory_that_another_process_filled_meanwhile(tmp_path):
 @pytest.mark.parametrize("name", ["config", "stream_config"])
 def test_a_vocabulary_too_small_for_bytes(name, request):
     config = replace(request.getfixturevalue(name), tokenizer="")
-    with pytest.raises(InputError, match=r"vocab_size is 256: .* at least 257 tokens"):
+    with pytest.raises(InputError, match=r"vocab_size must be at least 257, got 256"):
         load_data(config, 256, 0)
 
 
 @pytest.mark.parametrize("end", ["", "a", "the"])
 def test_an_end_of_document_that_is_text(end, config, tmp_path):
     config = replace(config, end_of_document=end, cache_dir=tmp_path)
-    with pytest.raises(InputError, match=f"end_of_document is '{end}': .* such as <"):
+    message = f"end_of_document must not be .*, got '{end}'; pass .* such as <"
+    with pytest.raises(InputError, match=message):
         load_data(config, 300, 0)
 
 
 @pytest.mark.parametrize("name", ["config", "stream_config"])
-def test_an_end_of_document_that_the_tokenizer_lacks(name, request, tokenizer_file):
+def test_an_end_of_document_missing_from_the_tokenizer(name, request, tokenizer_file):
     config = request.getfixturevalue(name)
     config = replace(config, tokenizer=str(tokenizer_file), end_of_document="</s>")
-    message = r"end_of_document: '</s>' is not .*--end-of-document .*<\|endoftext\|>$"
+    message = r"end_of_document: '</s>' is not .*--end-of-document .*<\|endoftext\|>\)"
     with pytest.raises(InputError, match=message):
         load_data(config, 300, 0)
 
@@ -238,7 +239,7 @@ def test_an_end_of_document_that_the_tokenizer_lacks(name, request, tokenizer_fi
 def test_a_tokenizer_with_more_tokens_than_the_model(name, request, tokenizer_file):
     config = replace(request.getfixturevalue(name), tokenizer=str(tokenizer_file))
     message = (
-        "tokenizer.json has 300 tokens and the model's vocab_size is 299; pass "
+        "tokenizer.json has 300 tokens, but the model's vocab_size is 299; pass "
         "--vocab-size 300, or 384"
     )
     with pytest.raises(InputError, match=message):
@@ -248,19 +249,19 @@ def test_a_tokenizer_with_more_tokens_than_the_model(name, request, tokenizer_fi
 def test_a_file_that_is_not_a_tokenizer(config, tmp_path):
     (tmp_path / "file.json").write_text("{}")
     config = replace(config, tokenizer=str(tmp_path / "file.json"))
-    with pytest.raises(InputError, match=r"tokenizer: .*file.json is not a tokenizer"):
+    with pytest.raises(InputError, match=r"tokenizer: .*file.json is not a valid tok"):
         load_data(config, 300, 0)
 
 
-def test_a_tokenizer_that_is_nowhere(config, monkeypatch):
+def test_a_missing_tokenizer(config, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = r"tokenizer: there is no file nobody/nothing, and none .* hub \(.*\)$"
+    message = r"tokenizer: nobody/nothing is neither a file nor .* Hub \(.*\)\.$"
     with pytest.raises(InputError, match=message):
         load_data(replace(config, tokenizer="nobody/nothing"), 300, 0)
 
 
 @pytest.mark.parametrize("name", ["config", "stream_config"])
-def test_a_tokenizer_is_tried_on_the_text(name, request, tmp_path, capsys):
+def test_a_tokenizer_is_checked_on_the_text(name, request, tmp_path, capsys):
     config = request.getfixturevalue(name)
     letters = "abcdefghijklmnopqrstuvwxyz"
     model = models.BPE({letter: i for i, letter in enumerate(letters)}, [])
@@ -268,7 +269,7 @@ def test_a_tokenizer_is_tried_on_the_text(name, request, tmp_path, capsys):
     tokenizer.add_special_tokens([END_OF_DOCUMENT])
     tokenizer.save(str(tmp_path / "small.json"))
     config = replace(config, tokenizer=str(tmp_path / "small.json"), cache_dir=tmp_path)
-    for _ in range(2):  # The second time, tokens are in the cache.
+    for _ in range(2):  # The second time, the tokens come from the cache.
         load_data(config, 300, 0)
         printed = capsys.readouterr().out
         assert printed.count("Warning: the tokenizer ") == 1
@@ -283,11 +284,11 @@ def test_a_tokenizer_is_tried_on_the_text(name, request, tmp_path, capsys):
     unigram = Tokenizer(models.Unigram([("e", -1.0)]))
     unigram.add_special_tokens([END_OF_DOCUMENT])
     unigram.save(str(tmp_path / "unigram.json"))
-    with pytest.raises(InputError, match="tokenizer: it cannot tokenize the text"):
+    with pytest.raises(InputError, match="tokenizer: cannot tokenize the text"):
         load_data(replace(config, tokenizer=str(tmp_path / "unigram.json")), 300, 0)
 
 
 def test_a_dataset_beside_files(config, stream_config):
     both = (*stream_config.data, *config.data)
-    with pytest.raises(InputError, match="data: a Hugging Face dataset is given alone"):
+    with pytest.raises(InputError, match="data: a Hugging Face dataset cannot be comb"):
         load_data(replace(stream_config, data=both), 300, 0)

@@ -1,4 +1,4 @@
-"""A trained Llama in the format of Hugging Face, and what transformers makes of it."""
+"""Export of a trained Llama to Hugging Face's format, and parity with transformers."""
 
 import json
 import random
@@ -87,10 +87,10 @@ pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 def random_params(model, seed=0):
-    """Weights far from the initial ones, each of which counts.
+    """Draw parameters far from the initial ones, so that each of them matters.
 
-    Attention is not uniform, norms scale, and the first norm's inputs are so small that
-    its epsilon matters.
+    Attention is not uniform, norms scale, and the inputs of the first norm are so small
+    that its epsilon matters.
     """
     generator = np.random.default_rng(seed)
     centers = {"scale": 1.0}
@@ -160,7 +160,7 @@ def test_names_shapes_and_values(run, exported):
         np.testing.assert_array_equal(tensors[name], value)
 
 
-def test_the_files(exported):
+def test_configuration_files(exported):
     files = {path.name for path in exported.iterdir()}
     assert files == {
         "config.json",
@@ -178,7 +178,7 @@ def test_the_files(exported):
     assert tokenizer["eos_token"] == "<|endoftext|>"
 
 
-def test_large_models_are_divided_among_files(run, tmp_path):
+def test_large_models_are_split_into_several_files(run, tmp_path):
     tensors = to_tensors(run.params)
     limit = 20_000
     save_tensors(tensors, tmp_path, limit)
@@ -207,7 +207,7 @@ def test_large_models_are_divided_among_files(run, tmp_path):
         ([1, 2, 1], [[0, 1], [2]]),
     ],
 )
-def test_division(sizes, expected):
+def test_split_tensors(sizes, expected):
     tensors = {str(i): np.zeros(size, np.int8) for i, size in enumerate(sizes)}
     shards = split_tensors(tensors, 3)
     assert [[int(name) for name in shard] for shard in shards] == expected
@@ -242,8 +242,8 @@ def test_the_command(run, tokenizer, tmp_path, capsys):
     assert (earlier["model.norm.weight"] != tensors["model.norm.weight"]).any()
 
 
-def test_what_cannot_be_exported(tmp_path):
-    with pytest.raises(InputError, match=r"run_dir: .* holds no run"):
+def test_exporting_a_missing_run(tmp_path):
+    with pytest.raises(InputError, match=r"run_dir: .* contains no run"):
         export.export(Source(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -325,8 +325,8 @@ def test_greedy_text_of_transformers(transformers, run, exported):
     assert tokenizer.decode(expected, skip_special_tokens=True) == text
 
 
-def test_transformers_ends_a_text_where_we_do(transformers, run, tmp_path):
-    """The end of a document is the token that comes seventh."""
+def test_transformers_stops_at_the_same_token(transformers, run, tmp_path):
+    # Take a token of the greedy continuation as the end of a document.
     prompt = generate.encode_prompt("the weight", run)
     options = {"count": 12, "sampling": Sampling(temperature=0)}
     args = MODEL, run.params, jnp.asarray(prompt), jax.random.key(0)
@@ -342,7 +342,7 @@ def test_transformers_ends_a_text_where_we_do(transformers, run, tmp_path):
 
 
 def unigram():
-    """A tokenizer of another kind, which writes special tokens around a text."""
+    """Train a Unigram tokenizer that adds a special token to each text."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -1,4 +1,4 @@
-"""Writing text with a trained Llama: the cache, the sampling, and the checkpoint."""
+"""Text generation with a trained Llama: the cache, sampling, and loading of runs."""
 
 import json
 import random
@@ -49,14 +49,14 @@ CONFIG = TrainConfig(TASK)
 PROMPT = jnp.arange(5, 12)
 NO_END = -1
 LOSSES = {2: 5.0, 4: 4.0, 6: 4.5}
-"""The steps of the run's checkpoints, and their validation losses."""
+"""Validation losses of the run's checkpoints, by step."""
 
 
 pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 def random_params(model, seed=0):
-    """Weights so large that attention is not uniform, and some tokens are likely."""
+    """Draw parameters so large that attention and predictions are far from uniform."""
     generator = np.random.default_rng(seed)
 
     def values(path, leaf):
@@ -88,7 +88,7 @@ def run(params, tokenizer):
 
 @pytest.fixture(scope="module")
 def run_dir(tokenizer, tmp_path_factory):
-    """The directory of a run on eight devices, with three checkpoints."""
+    """Write a run on eight devices with three checkpoints."""
     directory = tmp_path_factory.mktemp("run")
     (directory / "config.json").write_text(config_to_json(CONFIG))
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -111,7 +111,7 @@ def run_dir(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def greedy(params):
-    """The most likely continuation of the prompt, of 20 tokens."""
+    """Decode 20 tokens after the prompt greedily."""
     sampling = Sampling(temperature=0)
     return np.asarray(tokens_after(params, count=20, sampling=sampling)[0])
 
@@ -132,7 +132,7 @@ def tokens_after(params, prompt=PROMPT, seed=0, end=NO_END, **options):
     ("num_kv_heads", "dtype", "atol"),
     [(1, "float32", 2e-5), (4, "float32", 2e-5), (2, "bfloat16", 0.2)],
 )
-def test_decoding_with_a_cache_gives_the_logits_of_the_model(num_kv_heads, dtype, atol):
+def test_decoding_with_a_cache_matches_the_full_model(num_kv_heads, dtype, atol):
     config = replace(MODEL, num_kv_heads=num_kv_heads, dtype=dtype)
     params = random_params(config)
     graphdef = make_graphdef(config)
@@ -154,7 +154,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_model(num_kv_heads, dtype
     np.testing.assert_array_equal(cache.length, 12)
 
 
-def test_greedy_tokens_are_the_most_likely_of_the_whole_model(params, greedy):
+def test_greedy_decoding_matches_the_full_model(params, greedy):
     model = jax.jit(lambda tokens: nnx.merge(make_graphdef(MODEL), params)(tokens))
     length = len(PROMPT)
     tokens = np.zeros((1, length + 20), np.int32)  # No token sees those after it.
@@ -165,14 +165,14 @@ def test_greedy_tokens_are_the_most_likely_of_the_whole_model(params, greedy):
     assert len(set(greedy.tolist())) > 10
 
 
-def test_one_token_after_one(params):
+def test_a_prompt_and_a_continuation_of_one_token(params):
     sampling = Sampling(temperature=0)
     tokens = tokens_after(params, jnp.array([7]), count=1, sampling=sampling)
     logits = nnx.merge(make_graphdef(MODEL), params)(jnp.array([[7]]))
     assert tokens == logits[0, 0].argmax()
 
 
-def test_every_token_is_drawn_anew(params):
+def test_tokens_and_samples_are_drawn_independently(params):
     zeros = jax.tree.map(np.zeros_like, params)  # All tokens are equally likely.
     tokens = tokens_after(zeros, count=20, samples=4)
     rows = [tuple(row) for row in tokens.tolist()]
@@ -183,7 +183,7 @@ def test_every_token_is_drawn_anew(params):
 # End
 
 
-def test_a_text_ends_with_its_document(params):
+def test_a_text_stops_at_the_end_of_the_document(params):
     free = np.asarray(tokens_after(params, count=20, samples=4))
     end = free[0, 7]
     tokens = tokens_after(params, count=20, samples=4, end=end.item())
@@ -195,7 +195,7 @@ def test_a_text_ends_with_its_document(params):
     assert len({tuple(row) for row in free.tolist()}) == 4
 
 
-def test_nothing_is_computed_after_the_end(params, monkeypatch):
+def test_decoding_stops_when_all_texts_have_ended(params, monkeypatch):
     drawn = []
 
     def draw(logits, sampling, key):
@@ -214,7 +214,7 @@ def test_nothing_is_computed_after_the_end(params, monkeypatch):
 # Sampling
 
 ROWS = st.lists(st.integers(-40, 40).map(lambda i: i / 8), min_size=12, max_size=12)
-"""Logits of twelve tokens, of which some may be equal."""
+"""Logits of twelve tokens, possibly with ties."""
 
 
 @given(ROWS, st.integers(1, 15))
@@ -247,14 +247,14 @@ def test_top_p(row, p):
         (Sampling(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
         (Sampling(top_k=2), [0, 4 / 7, 0, 3 / 7]),
         (Sampling(top_p=0.65), [0, 4 / 7, 0, 3 / 7]),
-        # Of the three most likely, two have 7/9, and one has only 4/9.
+        # Among the three most likely, the top two have 7/9 and the top one only 4/9.
         (Sampling(top_k=3, top_p=0.75), [0, 4 / 7, 0, 3 / 7]),
         (Sampling(top_k=1), [0, 1, 0, 0]),
         (Sampling(top_p=0.1), [0, 1, 0, 0]),
         (Sampling(temperature=0), [0, 1, 0, 0]),
     ],
 )
-def test_tokens_are_drawn_as_likely_as_they_are(sampling, expected):
+def test_sampling_frequencies(sampling, expected):
     count = 4000
     logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
     logits = jnp.broadcast_to(logits, (count, 4)) + 3
@@ -268,13 +268,13 @@ def test_tokens_are_drawn_as_likely_as_they_are(sampling, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -0.1}, "temperature is -0.1: it has to be at least 0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": float("inf")}, "temperature is inf"),
-        ({"top_k": 0}, "top_k is 0: it has to be at least 1"),
-        ({"top_p": 0.0}, "top_p is 0.0: it has to be above 0 and at most 1"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"temperature": -0.1}, "temperature must be .* at least 0, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be .*, got nan"),
+        ({"temperature": float("inf")}, "temperature must be finite .*, got inf"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.1}, "top_p must be .*, got 1.1"),
+        ({"top_p": float("nan")}, "top_p must be .*, got nan"),
     ],
 )
 def test_a_setting_out_of_range(arguments, message):
@@ -295,31 +295,31 @@ def test_the_same_seed_writes_the_same_text(run):
     assert all(text.startswith("the weight") for text in texts[0] + texts[2])
 
 
-def test_a_text_is_the_prompt_and_the_tokens_after_it(run):
+def test_a_text_is_the_prompt_and_its_continuation(run):
     sampling = Sampling(temperature=0)
     (text,) = generate.continue_prompt(run, "the weight", 12, sampling)
     prompt = generate.encode_prompt("the weight", run)
     tokens = tokens_after(
         run.params, jnp.asarray(prompt), count=12, sampling=sampling, end=run.end
     )
-    rest = [token for token in tokens[0].tolist() if token != run.end]
-    assert text == "the weight" + run.tokenizer.decode(rest)
+    continuation = [token for token in tokens[0].tolist() if token != run.end]
+    assert text == "the weight" + run.tokenizer.decode(continuation)
 
 
-def test_an_empty_prompt_begins_after_a_document(run):
+def test_an_empty_prompt_starts_a_new_document(run):
     np.testing.assert_array_equal(generate.encode_prompt("", run), [run.end])
     (text,) = generate.continue_prompt(run, "", 10)
     assert text
     assert TASK.data.end_of_document not in text
 
 
-def test_a_prompt_does_not_end_its_document(run):
+def test_a_prompt_cannot_end_its_document(run):
     tokens = generate.encode_prompt("the <|endoftext|>", run)
     assert run.end not in tokens
     assert run.tokenizer.decode(tokens.tolist()) == "the <|endoftext|>"
 
 
-def test_text_ends_at_200_tokens_or_where_the_training_sequences_did(run, monkeypatch):
+def test_default_number_of_tokens(run, monkeypatch):
     counts = []
 
     def generate_tokens(*args, count, samples, **options):
@@ -341,17 +341,17 @@ def test_text_ends_at_200_tokens_or_where_the_training_sequences_did(run, monkey
     [
         (
             {"prompt": "", "tokens": 48},
-            "tokens is 48: with the prompt's 1 that is beyond the sequences of 48 .*"
-            "choose --tokens 47",
+            r"tokens \(48\) and the 1 of the prompt exceed the sequences of 48 .*"
+            "pass --tokens 47",
         ),
-        ({"prompt": "", "tokens": 0}, "tokens is 0: it has to be above 0"),
-        ({"prompt": "\0" * 48}, "prompt: it has 48 tokens, .* of 48; shorten it"),
-        ({"prompt": "", "samples": 0}, "samples is 0"),
-        ({"prompt": "", "seed": -1}, "seed is -1"),
-        ({"prompt": "", "seed": 2**32}, "seed is 4294967296"),
+        ({"prompt": "", "tokens": 0}, "tokens must be positive, got 0"),
+        ({"prompt": "\0" * 48}, "prompt has 48 tokens, .* of 48; shorten it"),
+        ({"prompt": "", "samples": 0}, "samples must be positive, got 0"),
+        ({"prompt": "", "seed": -1}, "seed must be .*, got -1"),
+        ({"prompt": "", "seed": 2**32}, "seed must be .*, got 4294967296"),
     ],
 )
-def test_what_cannot_be_written(run, arguments, message):
+def test_invalid_arguments(run, arguments, message):
     with pytest.raises(InputError, match=message):
         generate.continue_prompt(run, **arguments)
 
@@ -362,7 +362,7 @@ def test_what_cannot_be_written(run, arguments, message):
 @pytest.mark.parametrize(
     ("options", "step"), [({}, 6), ({"best": True}, 4), ({"step": 2}, 2)]
 )
-def test_the_parameters_of_a_checkpoint(run_dir, options, step):
+def test_loading_a_checkpoint(run_dir, options, step):
     loaded = generate.load_run(Source(run_dir, **options))
     assert loaded.step == step
     assert loaded.task == TASK
@@ -375,7 +375,7 @@ def test_the_parameters_of_a_checkpoint(run_dir, options, step):
         np.testing.assert_array_equal(leaf, there)
 
 
-def test_a_checkpoint_that_is_being_written_is_none(run_dir, tmp_path):
+def test_a_partially_written_checkpoint_is_ignored(run_dir, tmp_path):
     assert saved_steps(run_dir / "checkpoints") == [2, 4, 6]
     (tmp_path / "8.orbax-checkpoint-tmp").mkdir()
     assert saved_steps(tmp_path) == []
@@ -391,24 +391,24 @@ def test_a_damaged_checkpoint(params, tmp_path):
 
 
 def copy_run(run_dir, target, *names):
-    """Makes a run of some of the files of another."""
+    """Link some of the files of a run into another directory."""
     for name in names:
         (target / name).symlink_to(run_dir / name)
 
 
 def test_a_directory_without_a_run(run_dir, tmp_path):
-    with pytest.raises(InputError, match=r"run_dir: .*missing holds no run: there i"):
+    with pytest.raises(InputError, match=r"run_dir: .*missing contains no run"):
         generate.load_run(Source(tmp_path / "missing"))
     copy_run(run_dir, tmp_path, "config.json")
     with pytest.raises(InputError, match=r"run_dir: there is no checkpoint in .*check"):
         generate.load_run(Source(tmp_path))
     copy_run(run_dir, tmp_path, "checkpoints")
-    with pytest.raises(InputError, match=r"run_dir: there is no .*tokenizer\.json"):
+    with pytest.raises(InputError, match=r"run_dir: .*tokenizer\.json does not exist"):
         generate.load_run(Source(tmp_path))
     with pytest.raises(InputError, match=r"best: the log in .* choose a --step"):
         generate.load_run(Source(tmp_path, best=True))
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer"):
+    with pytest.raises(InputError, match=r"tokenizer\.json is not a valid tokenizer"):
         generate.load_run(Source(tmp_path))
     other = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     other.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -417,10 +417,10 @@ def test_a_directory_without_a_run(run_dir, tmp_path):
         generate.load_run(Source(tmp_path))
 
 
-def test_no_such_checkpoint(run_dir):
+def test_a_missing_checkpoint(run_dir):
     with pytest.raises(InputError, match=r"of step 3 in .*choose one of 2, 4, 6"):
         generate.load_run(Source(run_dir, step=3))
-    with pytest.raises(InputError, match="step and best: give one of them"):
+    with pytest.raises(InputError, match="step and best: pass only one of them"):
         generate.load_run(Source(run_dir, step=4, best=True))
 
 
@@ -441,11 +441,11 @@ def test_the_command(run_dir, capsys):
     assert capsys.readouterr().out.startswith("the weight")
 
 
-def test_a_command_that_cannot_run_says_why(run_dir, capsys):
+def test_invalid_options_are_reported(run_dir, capsys):
     command = ["--run-dir", str(run_dir)]
-    with pytest.raises(SystemExit, match=r"^error: tokens is 60: with the prompt's 1"):
+    with pytest.raises(SystemExit, match=r"^error: tokens \(60\) and the 1 of the pr"):
         run_command("generate", [*command, "--tokens", "60"])
     with pytest.raises(SystemExit) as raised:
         run_command("generate", [*command, "--temperature", "-1"])
     assert raised.value.code == 2
-    assert "temperature is -1.0" in capsys.readouterr().err
+    assert "temperature must be" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The streamed datasets of the Llama example."""
+"""Streamed datasets of the Llama example."""
 
 import json
 import subprocess
@@ -84,7 +84,7 @@ both_kinds = pytest.mark.parametrize("shards", ["parquet", "json.gz"], indirect=
 
 
 def in_order(config):
-    """A configuration with which the windows of a stream are not shuffled."""
+    """Change the settings so that the windows of a stream are not shuffled."""
     return replace(config, batch_size=1, shuffle_windows=1)
 
 
@@ -93,7 +93,7 @@ def take_windows(dataset, count):
 
 
 def read_documents(dataset, count, tokenizer):
-    """The first documents of batches whose windows are not shuffled."""
+    """Read the first documents from batches of unshuffled windows."""
     stream = np.empty(0, np.uint16)
     for batch in dataset:
         stream = np.append(stream, batch)
@@ -112,8 +112,8 @@ def test_a_stream_keeps_every_token(stream_config, tokenizer):
 
 
 @both_kinds
-@pytest.mark.parametrize("count", [2, 3, 4])  # Four files do not divide by three.
-def test_a_document_is_read_by_one_process_in_a_pass(count, stream_config, tokenizer):
+@pytest.mark.parametrize("count", [2, 3, 4])  # Three does not divide the four files.
+def test_one_process_reads_each_document_per_epoch(count, stream_config, tokenizer):
     config = replace(in_order(stream_config), batch_size=count)
     own = 48 // count
     parts = [
@@ -127,16 +127,16 @@ def test_a_document_is_read_by_one_process_in_a_pass(count, stream_config, token
 
 @both_kinds
 @pytest.mark.parametrize(("index", "count"), [(0, 1), (1, 2), (2, 3)])
-def test_a_stream_goes_on_from_a_state(index, count, stream_config, tokenizer):
+def test_a_stream_resumes_from_a_state(index, count, stream_config, tokenizer):
     config = replace(stream_config, batch_size=4 * count)
     loaded = load_data(config, 300, 0, index, count)
     own_tokens = len(encode(TRAINING, tokenizer, END_OF_DOCUMENT)) // count
-    steps = 2 * own_tokens // (4 * 17)  # Two passes.
+    steps = 2 * own_tokens // (4 * 17)  # Two epochs.
     assert_resumes(loaded.train, steps, every=3)
 
 
 @pytest.mark.parametrize("length", [1, 4, 200])
-def test_a_stream_of_short_or_long_windows_goes_on(length, stream_config):
+def test_a_stream_of_short_or_long_windows_resumes(length, stream_config):
     config = replace(stream_config, sequence_length=length, validation_batches=1)
     assert_resumes(load_data(config, 300, 0).train, 15, every=2)
 
@@ -149,7 +149,7 @@ def test_a_state_is_small(stream_config):
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
-def test_a_stream_is_shuffled_among_the_next_windows(seed, stream_config):
+def test_a_stream_is_shuffled_in_blocks_of_windows(seed, stream_config):
     plain = take_windows(load_data(in_order(stream_config), 300, 0).train, 28)
     shuffled = take_windows(load_data(stream_config, 300, seed).train, 7)
     again = take_windows(load_data(stream_config, 300, seed).train, 7)
@@ -162,10 +162,10 @@ def test_a_stream_is_shuffled_among_the_next_windows(seed, stream_config):
     assert (shuffled != other).any()
 
 
-def test_the_next_pass_is_shuffled_differently(stream_config, tokenizer):
+def test_each_epoch_is_shuffled_differently(stream_config, tokenizer):
     pairs, odd = divmod(len(encode(TRAINING, tokenizer, END_OF_DOCUMENT)), 2)
     assert not odd
-    # A pass is shuffled as a whole.
+    # The shuffle block is the whole epoch.
     config = replace(
         stream_config, sequence_length=1, batch_size=1, shuffle_windows=pairs
     )
@@ -175,7 +175,7 @@ def test_the_next_pass_is_shuffled_differently(stream_config, tokenizer):
     assert (first != second).any()
 
 
-def test_validation_is_on_the_first_windows(stream_config, tokenizer, capsys):
+def test_validation_uses_the_first_windows(stream_config, tokenizer, capsys):
     loaded = load_data(stream_config, 300, 0)
     expected = encode(VALIDATION, tokenizer, END_OF_DOCUMENT)[: 2 * 4 * 17]
     np.testing.assert_array_equal(loaded.validation, expected.reshape(2, 4, 17))
@@ -188,12 +188,14 @@ def test_validation_is_on_the_first_windows(stream_config, tokenizer, capsys):
         assert sorted_rows(shares) == sorted_rows(loaded.validation[i])
 
 
-def test_validation_on_training_documents_is_said(stream_config, capsys):
+def test_validation_on_training_documents_is_reported(stream_config, capsys):
     load_data(replace(stream_config, validation_split="train"), 300, 0)
-    assert "windows of train, which are trained on too." in capsys.readouterr().out
+    assert "windows of train, which are also trained on." in capsys.readouterr().out
 
 
-def test_another_column_with_gaps(datasets, stream_config, tmp_path, tokenizer):
+def test_a_text_column_with_missing_values(
+    datasets, stream_config, tmp_path, tokenizer
+):
     rows = [{"body": "one"}, {"body": None}, {"body": "two"}]
     for split in ("train", "validation"):
         text = "".join(json.dumps(row) + "\n" for row in rows * 20)
@@ -227,7 +229,7 @@ def test_a_tokenizer_is_trained_on_the_first_documents(
     assert loaded.files == {"tokenizer.json": expected.to_str(pretty=True)}
 
 
-def test_a_name_and_a_configuration_are_passed_on(
+def test_the_dataset_name_and_configuration_are_passed_on(
     datasets, stream_config, shards, monkeypatch
 ):
     asked = []
@@ -247,7 +249,7 @@ def test_a_name_and_a_configuration_are_passed_on(
     ]
 
 
-def test_a_program_ends_while_it_reads(datasets, tokenizer_file, tmp_path):
+def test_a_program_can_exit_while_it_prefetches(datasets, tokenizer_file, tmp_path):
     write_shard(tmp_path / "train.parquet", make_documents(3000, 100))
     write_shard(tmp_path / "validation.parquet", VALIDATION)
     script = f"""
@@ -277,13 +279,13 @@ print(next(iterator).shape)
 # Errors
 
 
-def test_datasets_is_not_installed(monkeypatch):
+def test_without_the_package_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"data: hf:.* needs .* pip install '\.\[hf\]"):
         load_data(DataConfig(data=("hf:allenai/c4:en",)), 300, 0)
 
 
-def test_a_dataset_that_is_nowhere(stream_config, monkeypatch):
+def test_a_missing_dataset(stream_config, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         InputError, match=r"data: cannot load hf:nobody/none \(Couldn't"
@@ -296,16 +298,16 @@ def test_a_directory_without_a_dataset(stream_config, tmp_path):
         load_data(replace(stream_config, data=(f"hf:{tmp_path}",)), 300, 0)
 
 
-def test_what_comes_beside_data_files_is_no_document(stream_config, tmp_path):
+def test_files_that_accompany_data_files_are_not_documents(stream_config, tmp_path):
     write_dataset(tmp_path, "json.gz")
     for name in ("README.md", "LICENSE", ".gitattributes"):
         (tmp_path / name).write_text("some text")
     with pytest.raises(InputError, match=f"pass --data hf:{tmp_path}, and --text-col"):
         load_data(replace(stream_config, data=(str(tmp_path),)), 300, 0)
-    # What the message says works.
-    there = load_data(replace(stream_config, data=(f"hf:{tmp_path}",)), 300, 0)
+    # The suggestion in the message works.
+    loaded = load_data(replace(stream_config, data=(f"hf:{tmp_path}",)), 300, 0)
     expected = load_data(stream_config, 300, 0)
-    np.testing.assert_array_equal(there.validation, expected.validation)
+    np.testing.assert_array_equal(loaded.validation, expected.validation)
 
 
 def test_a_dataset_of_one_file(stream_config, shards):
@@ -330,22 +332,22 @@ def test_documents_that_cannot_be_read(
         load_data(config, 300, 0)
 
 
-def test_a_configuration_that_a_dataset_lacks(stream_config):
+def test_a_missing_dataset_configuration(stream_config):
     (source,) = stream_config.data
     with pytest.raises(InputError, match=r"cannot load .*:de \(.*'de' not found"):
         load_data(replace(stream_config, data=(f"{source}:de",)), 300, 0)
 
 
 @pytest.mark.parametrize("setting", ["train_split", "validation_split"])
-def test_a_split_that_a_dataset_lacks(setting, stream_config):
+def test_a_missing_split(setting, stream_config):
     option = "--" + setting.replace("_", "-")
-    message = f"{setting}: .* no split 'dev'; pass {option} .*: train, validation$"
+    message = f"{setting}: .* no split 'dev'; pass {option} .*: train, validation\\.$"
     with pytest.raises(InputError, match=message):
         load_data(replace(stream_config, **{setting: "dev"}), 300, 0)
 
 
-def test_a_column_that_a_dataset_lacks(stream_config):
-    message = "text_column: .* no column 'body' .*pass --text-column .*: url, text$"
+def test_a_missing_column(stream_config):
+    message = "text_column: .* no column 'body' .*pass --text-column .*: url, text\\.$"
     with pytest.raises(InputError, match=message):
         load_data(replace(stream_config, text_column="body"), 300, 0)
 
@@ -368,11 +370,11 @@ def test_too_few_documents_for_the_processes(datasets, stream_config, tmp_path):
     write_shard(tmp_path / "train.json.gz", TRAINING[:2])
     write_shard(tmp_path / "validation.json.gz", VALIDATION)
     config = replace(stream_config, data=(f"hf:{tmp_path}",), batch_size=3)
-    with pytest.raises(InputError, match=r"data: too few rows .* in hf:.* for 3 proc"):
+    with pytest.raises(InputError, match=r"data: hf:.* too few training rows for 3 pr"):
         load_data(config, 300, 0, 2, 3)
 
 
-def test_too_few_windows_to_validate_on(stream_config):
+def test_too_few_validation_windows(stream_config):
     config = replace(stream_config, validation_batches=1000)
     message = r"validation_split: .*fill \d+ windows, too few for 1000 batches of 4"
     with pytest.raises(InputError, match=message):

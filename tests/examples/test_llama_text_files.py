@@ -1,4 +1,4 @@
-"""The text files of the Llama example, from documents to batches."""
+"""Text files of the Llama example, from documents to batches."""
 
 import sysconfig
 from dataclasses import replace
@@ -84,7 +84,7 @@ def trained(monkeypatch):
 
 
 def numbered(corpus, tokens):
-    """The corpus with its tokens numbered."""
+    """Replace the tokens of a corpus with their positions."""
     return replace(corpus, train=np.arange(tokens), validation=np.arange(tokens))
 
 
@@ -106,13 +106,13 @@ def test_each_side_gets_a_document(fraction):
     assert min(len(training), len(validation)) == 1
 
 
-def test_a_copy_of_a_document_is_left_out(tmp_path):
+def test_duplicate_and_empty_documents_are_dropped(tmp_path):
     for name, text in (("a", "same"), ("b", "same"), ("c", "other"), ("d", " \n")):
         (tmp_path / name).write_text(text)
     assert read_documents((tmp_path,)) == ["same", "other"]
 
 
-def test_the_standard_library_without_its_tests():
+def test_the_standard_library_is_read_without_its_tests():
     documents = set(read_documents(()))
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     assert (stdlib / "json" / "decoder.py").read_bytes().decode() in documents
@@ -120,29 +120,29 @@ def test_the_standard_library_without_its_tests():
     assert not documents.intersection(file.read_bytes().decode() for file in tests)
 
 
-def test_a_directory_may_hold_other_files(tmp_path, capsys):
+def test_a_directory_may_contain_other_files(tmp_path, capsys):
     (tmp_path / "text").write_text("some text")
     for i in range(5):
         (tmp_path / f"image{i}").write_bytes(b"\xff\xd8\xff")
     assert read_documents((tmp_path,)) == ["some text"]
     named = ", ".join(str(tmp_path / f"image{i}") for i in range(3))
-    expected = f"Skipped 5 files that cannot be read as UTF-8 text: {named} and 2 more."
+    expected = f"Skipped 5 files that are not readable UTF-8 text: {named} and 2 more."
     assert expected in capsys.readouterr().out
 
 
-def test_a_file_whose_name_is_not_text(tmp_path, capsys):
+def test_a_file_name_that_is_not_utf8(tmp_path, capsys):
     (tmp_path / "text").write_text("some text")
     try:
         (tmp_path / "\udcff").write_bytes(b"\xff")
     except OSError:
-        pytest.skip("such names are not allowed here")
+        pytest.skip("the file system does not allow such names")
     assert read_documents((tmp_path,)) == ["some text"]
     printed = capsys.readouterr().out.encode().decode()
     assert "Skipped 1 files" in printed
     assert r"\udcff." in printed
 
 
-def test_what_is_hidden_in_a_directory_is_left_out(tmp_path, capsys):
+def test_hidden_files_in_a_directory_are_ignored(tmp_path, capsys):
     directory = tmp_path / ".corpus"
     for name in ("text", ".notes", ".git/config", "below/.git/refs/main", "below/text"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def test_what_is_hidden_in_a_directory_is_left_out(tmp_path, capsys):
 
 
 def test_an_empty_name(config):
-    with pytest.raises(InputError, match=r"data: '' is no file; leave --data out"):
+    with pytest.raises(InputError, match=r"data: '' is not a file; omit --data"):
         load_corpus(replace(config, data=("",)), 300)
 
 
@@ -169,35 +169,35 @@ def test_a_directory_of_data_files(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     for file in (name, "README.md", "LICENSE", "dataset_infos.json", ".gitattributes"):
         (tmp_path / file).write_text(ROWS)
-    message = f"data: .*{name}: rows, not plain text; pass --data hf:{tmp_path}, .*--te"
+    message = f"data: .*data files .*{name}; pass --data hf:{tmp_path}, .*--text-co"
     with pytest.raises(InputError, match=message):
         read_documents((tmp_path,))
 
 
-def test_json_is_data_where_there_is_nothing_else(tmp_path):
+def test_json_files_are_data_if_there_is_no_other_text(tmp_path):
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text(name)
     with pytest.raises(
-        InputError, match=r"a.json, .*b.json: rows, .*; pass --data hf:"
+        InputError, match=r"data files .*a.json, .*b.json; pass --data hf:"
     ):
         read_documents((tmp_path,))
     (tmp_path / "text").write_text("text")
     assert read_documents((tmp_path,)) == ["a.json", "b.json", "text"]
 
 
-def test_data_files_beside_text_are_left_out(tmp_path, capsys):
+def test_data_files_among_text_files_are_ignored(tmp_path, capsys):
     for name in ("table.csv", "train.jsonl", "notes.txt", "settings.json"):
         (tmp_path / name).write_text(name)
     assert read_documents((tmp_path,)) == ["notes.txt", "settings.json"]
     printed = capsys.readouterr().out
-    assert f"Ignored 2 data files beside text: {tmp_path}/ta" in printed
+    assert f"Ignored 2 data files among the text files: {tmp_path}/ta" in printed
     assert f"{tmp_path}/train.jsonl. To train on them instead, " in printed
 
 
 def test_a_named_data_file(tmp_path):
     for name in ("train.jsonl", "notes.txt"):
         (tmp_path / name).write_text(ROWS)
-    message = r"data: .*train.jsonl: rows, .*; make a directory .* hf:DIRECTORY"
+    message = r"data: .*data files .*train.jsonl; make a directory .* hf:DIRECTORY"
     with pytest.raises(InputError, match=message):
         read_documents((tmp_path / "notes.txt", tmp_path / "train.jsonl"))
 
@@ -220,7 +220,7 @@ def test_a_named_file_that_cannot_be_read(tmp_path, monkeypatch):
 
 def test_a_directory_without_text(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(InputError, match=r"data: no text in .*; give --data"):
+    with pytest.raises(InputError, match=r"data: no text in .*; pass text files as"):
         read_documents((tmp_path,))
 
 
@@ -236,9 +236,10 @@ def test_a_single_file_is_cut_at_blank_lines(config, tmp_path, capsys):
     (tmp_path / "book.txt").write_text(text)
     corpus = load_corpus(replace(config, data=(str(tmp_path / "book.txt"),)), 300)
     cut = (
-        "One document of {:,} characters: cut into {} different pieces, at blank lines"
+        f"Cut the only document, of {len(text):,} characters, into "
+        f"{sum(corpus.documents)} distinct pieces, at blank lines"
     )
-    assert cut.format(len(text), sum(corpus.documents)) in capsys.readouterr().out
+    assert cut in capsys.readouterr().out
     assert corpus.documents[1] == round(0.1 * sum(corpus.documents))
     training, validation = (
         split_at_ends(stream, corpus.tokenizer)
@@ -260,7 +261,7 @@ def test_a_single_file_is_cut_at_blank_lines(config, tmp_path, capsys):
         ("\n\n".join(PARAGRAPHS[:4]), "\n\n"),
     ],
 )
-def test_a_document_is_cut_where_it_does_the_least_harm(text, end):
+def test_a_document_is_cut_at_the_best_boundaries(text, end):
     pieces = cut_document(text)
     assert "".join(pieces) == text
     assert all(piece.endswith(end) for piece in pieces[:-1])
@@ -272,7 +273,7 @@ def test_a_document_is_cut_where_it_does_the_least_harm(text, end):
 LINES = 2 * ("a" * 999 + "\n")
 
 
-def test_a_piece_that_comes_again_is_left_out():
+def test_duplicate_pieces_are_dropped():
     assert cut_document(10 * LINES + "end") == [LINES, LINES + "end"]
 
 
@@ -281,13 +282,13 @@ def test_several_files_are_not_cut(config, tmp_path, capsys):
         (tmp_path / name).write_text("\n\n".join([name, *PARAGRAPHS[:50]]))
     corpus = load_corpus(replace(config, data=(str(tmp_path),)), 300)
     assert corpus.documents == (1, 1)
-    assert "cut into" not in capsys.readouterr().out
+    assert "Cut the only document" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["a" * 2999, 10 * LINES])
 def test_a_single_document_too_short_to_be_cut(text, config, tmp_path):
     (tmp_path / "file").write_text(text)
-    message = r"data: one document only, of [\d,]+ characters \(copies .* 3,000 char"
+    message = r"data: only one document, of [\d,]+ characters \(not c.* 3,000 charact"
     with pytest.raises(InputError, match=message):
         load_corpus(replace(config, data=(str(tmp_path),)), 300)
 
@@ -304,7 +305,7 @@ def test_packing_keeps_every_token(tokenizer):
 
 
 @pytest.mark.parametrize("tokens", [5, 20, 21, 24, 1000])
-def test_windows_lose_no_token_but_the_tail(tokens):
+def test_windows_drop_only_the_tail(tokens):
     stream = np.arange(tokens)
     windows = cut_windows(stream, 4, "training")
     kept = np.concatenate([windows[0], windows[1:, 1:].ravel()])
@@ -312,7 +313,7 @@ def test_windows_lose_no_token_but_the_tail(tokens):
     assert 0 <= tokens - len(kept) < 4
 
 
-def test_a_seed_gives_the_order_of_the_data(config, corpus):
+def test_the_seed_determines_the_order_of_the_windows(config, corpus):
     windows = cut_windows(corpus.train, 32, "training")
     shuffled = grain.MapDataset.source(windows).shuffle(3).repeat()
     expected = shuffled.batch(8)
@@ -326,18 +327,18 @@ def test_a_seed_gives_the_order_of_the_data(config, corpus):
     assert (other != expected[0]).any()
 
 
-def test_a_pass_takes_each_window_once_and_the_next_in_another_order(config, corpus):
+def test_an_epoch_takes_each_window_once_in_a_new_order(config, corpus):
     short = replace(config, sequence_length=4)
     stream = numbered(corpus, 8 * 4 * 5 + 1)
     batches = iter(train_batches(stream, short, seed=0))
-    passes = [np.concatenate([next(batches) for _ in range(5)]) for _ in range(2)]
-    for windows in passes:
+    epochs = [np.concatenate([next(batches) for _ in range(5)]) for _ in range(2)]
+    for windows in epochs:
         assert sorted(windows[:, 0].tolist()) == list(range(0, 160, 4))
-    assert (passes[0] != passes[1]).any()
+    assert (epochs[0] != epochs[1]).any()
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
-def test_processes_share_the_batches_of_one(count, config, corpus):
+def test_processes_share_the_batches_of_a_single_process(count, config, corpus):
     whole = islice(train_batches(corpus, config, 5), 60)
     parts = [train_batches(corpus, config, 5, p, count) for p in range(count)]
     for batch, *shares in zip(whole, *parts):
@@ -346,9 +347,9 @@ def test_processes_share_the_batches_of_one(count, config, corpus):
 
 
 @pytest.mark.parametrize(("index", "count"), [(0, 1), (1, 2)])
-def test_batches_go_on_from_a_state(index, count, config, corpus):
+def test_batches_resume_from_a_state(index, count, config, corpus):
     short = replace(config, sequence_length=4)
-    stream = numbered(corpus, 8 * 4 * 5 + 12)  # A pass ends inside of a batch.
+    stream = numbered(corpus, 8 * 4 * 5 + 12)  # An epoch ends within a batch.
     assert_resumes(train_batches(stream, short, 0, index, count), 18)
 
 
@@ -362,7 +363,7 @@ def test_validation_windows_span_the_stream(config, corpus):
 
 
 def test_a_corpus_too_small_for_a_window():
-    with pytest.raises(InputError, match="training documents hold 4 tokens, too few"):
+    with pytest.raises(InputError, match="training documents have 4 tokens, too few"):
         cut_windows(np.arange(4), 4, "training")
 
 
@@ -379,7 +380,7 @@ def test_too_few_validation_windows(config, corpus):
 # Cache
 
 
-def test_the_cache_serves_the_same_and_nothing_else(
+def test_the_cache_is_used_only_for_the_same_corpus_and_settings(
     text_files, config, corpus, tmp_path, trained
 ):
     copy = tmp_path / "copy"
@@ -409,11 +410,11 @@ def test_the_cache_serves_the_same_and_nothing_else(
     assert ended.train[-1] == ended.tokenizer.token_to_id("[END]")
 
 
-def test_a_given_tokenizer_has_its_own_place_in_the_cache(
+def test_the_cache_distinguishes_given_tokenizers(
     config, corpus, tokenizer_file, tmp_path, trained
 ):
     given = replace(config, tokenizer=str(tokenizer_file), cache_dir=tmp_path / "new")
-    same = load_corpus(given, 1000)  # Larger than the tokenizer's.
+    same = load_corpus(given, 1000)  # More than the tokenizer has.
     np.testing.assert_array_equal(same.train, corpus.train)
 
     other = Tokenizer.from_file(str(tokenizer_file))
@@ -426,7 +427,7 @@ def test_a_given_tokenizer_has_its_own_place_in_the_cache(
     assert trained == []
 
 
-def test_a_cache_half_written_is_not_there(config, tmp_path, monkeypatch):
+def test_a_partially_written_cache_is_removed(config, tmp_path, monkeypatch):
     def interrupted(documents, tokenizer, end_of_document):
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""The tokenizers of the Llama example."""
+"""Tokenizers of the Llama example."""
 
 import types
 
@@ -44,7 +44,7 @@ def tokenizer(tokenizer_file):
 
 @given(st.text())
 @settings(max_examples=100)
-def test_tokens_give_the_text_back(tokenizer, text):
+def test_tokens_decode_to_the_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
@@ -55,7 +55,7 @@ def test_a_document_cannot_end_itself(tokenizer):
     assert tokenizer.decode(ids[:-1]) == text
 
 
-def test_the_settings_of_a_tokenizer_file_do_not_change_the_tokens(
+def test_settings_in_a_tokenizer_file_do_not_change_the_tokens(
     tokenizer, tokenizer_file, tmp_path
 ):
     other = Tokenizer.from_file(str(tokenizer_file))
@@ -74,7 +74,7 @@ def test_the_settings_of_a_tokenizer_file_do_not_change_the_tokens(
     )
 
 
-def test_a_model_that_has_special_tokens_among_its_pieces(tmp_path):
+def test_a_model_with_special_tokens_among_its_pieces(tmp_path):
     pieces = ["<unk>", "</s>", "▁", *"abcdefghijklmnopqrstuvwxyz</>", "<extra>"]
     model = models.Unigram([(p, -float(i > 1)) for i, p in enumerate(pieces)], unk_id=0)
     tokenizer = Tokenizer(model)
@@ -87,7 +87,7 @@ def test_a_model_that_has_special_tokens_among_its_pieces(tmp_path):
     ids = encode(["a<extra>b</s>cd", "", "é"], loaded, "</s>").tolist()
     tokens = [loaded.id_to_token(i) for i in ids]
     assert tokens == [*"▁abcd", "</s>", "</s>", "▁", "<unk>", "</s>"]
-    # The model need not know the special tokens at the end.
+    # The model needs no embeddings for the special tokens at the end.
     config = DataConfig(tokenizer="unigram.json", end_of_document="</s>")
     check_tokenizer(loaded, config, len(pieces) - 1)
     with pytest.raises(InputError, match=f"has {len(pieces) - 1} tokens"):
@@ -95,7 +95,7 @@ def test_a_model_that_has_special_tokens_among_its_pieces(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
-def test_tokens_are_as_narrow_as_the_vocabulary_allows(size, dtype):
+def test_the_token_dtype_is_the_narrowest_for_the_vocabulary(size, dtype):
     vocab = {f"w{i}": i for i in range(size - 1)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     tokenizer.add_special_tokens(["end"])
@@ -125,7 +125,7 @@ LOSS = DataConfig(tokenizer="given.json")
 
 
 def finish(model, pre_tokenizer, decoder=None):
-    """A tokenizer that knows small letters and the end of a document."""
+    """Build a tokenizer that adds the end of a document to a model."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizer
     if decoder:
@@ -148,7 +148,7 @@ def word_piece():
 
 def unigram(unk_id, pieces=("<unk>", "▁", *LETTERS)):
     model = models.Unigram([(piece, -1.0) for piece in pieces], unk_id=unk_id)
-    # As T5's: each word begins with a piece that stands for no character of it.
+    # As in T5's, each word begins with a piece that covers none of its characters.
     before = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     return finish(model, pre_tokenizers.Sequence(before), decoders.Metaspace())
 
@@ -161,7 +161,7 @@ def every_kind():
         "BPE with an unknown token": bpe(
             words, ["<unk>", *LETTERS], unk_token="<unk>", fuse_unk=True
         ),
-        "BPE of bytes, of which it lacks some": bpe(
+        "byte-level BPE with missing bytes": bpe(
             pre_tokenizers.ByteLevel(add_prefix_space=True), ["Ġ", *LETTERS]
         ),
         "WordPiece": word_piece(),
@@ -174,7 +174,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @each_kind
-def test_the_share_of_the_text_that_a_tokenizer_loses_is_said(kind, capsys):
+def test_the_share_of_lost_text_is_reported(kind, capsys):
     documents = ["one two\n", "", "  中 abc 文字 def", "end"]
     report_loss(KINDS[kind], LOSS, documents)
     assert capsys.readouterr().out == (
@@ -191,16 +191,16 @@ def test_a_tokenizer_that_loses_nothing(kind, capsys):
 
 
 @each_kind
-def test_a_tokenizer_that_loses_most_is_refused(kind):
+def test_a_tokenizer_that_loses_most_of_the_text_is_rejected(kind):
     message = (
         "tokenizer: given.json has no token for 30 of the first 33 characters of the "
-        r"text \(90.91%\), which are lost; give one made for such text, or leave"
+        r"text \(90.91%\), which are lost; pass a tokenizer made for such text, or omit"
     )
     with pytest.raises(InputError, match=message):
         report_loss(KINDS[kind], LOSS, ["中文" * 15, "abc"])
 
 
-def test_bytes_lose_nothing(tokenizer, capsys):
+def test_byte_level_tokenizers_lose_nothing(tokenizer, capsys):
     text = f"中文 é e\u0301 👩‍🚀\r\n {END_OF_DOCUMENT} "
     report_loss(tokenizer, LOSS, [text * 100])
     pieces = ["<unk>", "▁", *LETTERS, *(f"<0x{i:02X}>" for i in range(256))]
@@ -210,21 +210,21 @@ def test_bytes_lose_nothing(tokenizer, capsys):
 
 
 @pytest.mark.parametrize("name", ["NFC", "NFKC", "NFD", "NFKD", "Lowercase"])
-def test_what_a_normalizer_rewrites_is_not_lost(name, tokenizer, capsys):
+def test_normalized_text_is_not_lost(name, tokenizer, capsys):
     other = Tokenizer.from_str(tokenizer.to_str())
     other.normalizer = getattr(normalizers, name)()
     report_loss(other, LOSS, ["é e\u0301 한 \u1112\u1161\u11ab ﬁ … ABC"])
     assert capsys.readouterr().out == ""
 
 
-def test_what_a_normalizer_or_a_pre_tokenizer_takes_away_is_lost(capsys):
+def test_text_removed_by_a_normalizer_or_a_pre_tokenizer_is_lost(capsys):
     tokenizer = bpe(pre_tokenizers.Punctuation("removed"))
     tokenizer.normalizer = normalizers.Replace("0", "")
     report_loss(tokenizer, LOSS, ["abc, d0e."])
     assert "no token for 3 of the first 8 characters" in capsys.readouterr().out
 
 
-def test_special_tokens_that_are_dropped_from_the_text_are_lost(capsys):
+def test_special_tokens_dropped_from_the_text_are_lost(capsys):
     pieces = ["<unk>", "▁", "</s>", *LETTERS, "<extra>"]
     tokenizer = unigram(0, pieces)
     tokenizer.add_special_tokens(["</s>", "<extra>"])
@@ -234,11 +234,11 @@ def test_special_tokens_that_are_dropped_from_the_text_are_lost(capsys):
     assert "no token for 11 of the first 25 characters" in capsys.readouterr().out
 
 
-def test_the_beginning_of_the_text_is_tried(capsys):
+def test_only_the_beginning_of_the_text_is_checked(capsys):
     def documents():
         yield "中" + "a" * 400_000
         yield "中" + "a" * 700_000
-        raise AssertionError("this is far behind")
+        raise AssertionError("the sample should end before this document")
 
     report_loss(KINDS["WordPiece"], LOSS, ["中 " + "a" * 50])
     assert "1 of the first 51 " in capsys.readouterr().out
@@ -251,8 +251,8 @@ def test_the_beginning_of_the_text_is_tried(capsys):
     [unigram(None, ["▁", *LETTERS]), finish(models.WordLevel({"a": 0}), None)],
     ids=["Unigram", "WordLevel"],
 )
-def test_a_tokenizer_that_needs_an_unknown_token_and_has_none(tokenizer):
-    message = r"tokenizer: it cannot tokenize the text \(.*unk.*\); give one that has"
+def test_a_tokenizer_that_lacks_an_unknown_token(tokenizer):
+    message = r"tokenizer: cannot tokenize the text \(.*unk.*\); pass a tokenizer with"
     for use in (
         lambda: report_loss(tokenizer, LOSS, ["a", "中"]),
         lambda: encode(["a", "中"], tokenizer, END_OF_DOCUMENT),

@@ -1,4 +1,4 @@
-"""The data of the masked autoencoder: glyphs, pictures of all kinds, and streams."""
+"""The data of the masked autoencoder: glyphs, image files and streams."""
 
 import io
 import json
@@ -37,7 +37,7 @@ SIZE = 16
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Forty pictures of several sizes, in three directories."""
+    """Write forty images of several sizes to three directories."""
     directory = tmp_path_factory.mktemp("pictures")
     for i, image in enumerate(make_pictures(40)):
         path = directory / ["", "cats", "dogs"][i % 3] / f"{i}.png"
@@ -60,7 +60,7 @@ def config(pictures):
 
 @pytest.fixture
 def glyph_config(monkeypatch):
-    """Glyphs of two fonts."""
+    """Configure glyphs of two fonts."""
     monkeypatch.setattr("examples.mae.data.font_files", two_fonts)
     return DataConfig(batch_size=4, validation_batches=2)
 
@@ -78,7 +78,7 @@ def make_pictures(count, seed=0):
 
 
 def take(dataset, count):
-    """The first batches, concatenated."""
+    """Concatenate the first batches."""
     batches = list(islice(dataset, count))
     return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
 
@@ -93,11 +93,11 @@ def as_rows(images):
     return [image.tobytes() for image in images]
 
 
-# Pictures
+# Images
 
 
 def colour_of(image):
-    """The colour of a picture that has one only."""
+    """Return the colour of an image that has only one."""
     pixels = np.asarray(image).reshape(-1, 3)
     assert (pixels == pixels[0]).all()
     return tuple(pixels[0].tolist())
@@ -168,7 +168,7 @@ def test_a_transparent_colour_is_white(mode, tmp_path):
     assert colour_of(read_picture(tmp_path / "picture.png")) == (255, 255, 255)
 
 
-def test_the_first_picture_of_an_animation(tmp_path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [plain("RGB", "red"), plain("RGB", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert colour_of(read_picture(tmp_path / "a.gif")) == (255, 0, 0)
@@ -187,7 +187,7 @@ def test_the_first_picture_of_an_animation(tmp_path):
         (8, Image.Transpose.ROTATE_270),
     ],
 )
-def test_the_right_way_up(orientation, stored_as, tmp_path):
+def test_the_exif_orientation_is_applied(orientation, stored_as, tmp_path):
     (image,) = make_pictures(1)
     stored = image if stored_as is None else image.transpose(stored_as)
     exif = Image.Exif()
@@ -197,7 +197,7 @@ def test_the_right_way_up(orientation, stored_as, tmp_path):
     np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
 
 
-def test_the_largest_square_in_the_middle():
+def test_the_largest_centered_square_is_cropped():
     (image,) = make_pictures(1)
     assert image.size == (20, 12)
     np.testing.assert_array_equal(
@@ -208,7 +208,7 @@ def test_the_largest_square_in_the_middle():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (300, 2)])
-def test_tiny_pictures_are_enlarged(size):
+def test_tiny_images_are_enlarged(size):
     image = Image.new("RGB", size, (10, 20, 30))
     for pixels in (
         prepare(image, 32),
@@ -219,7 +219,7 @@ def test_tiny_pictures_are_enlarged(size):
 
 
 def coordinates(width, height):
-    """A picture whose red tells the column, from 0 to 255, and whose green the row."""
+    """Create an image whose red encodes the column and green the row, from 0 to 255."""
     red, green = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(
         np.stack([red, green, 0 * red], axis=-1).round().astype(np.uint8)
@@ -227,13 +227,13 @@ def coordinates(width, height):
 
 
 @pytest.mark.parametrize(("size", "largest"), [((256, 256), 1.0), ((400, 256), 0.85)])
-def test_a_random_part_is_as_large_as_it_should_be(size, largest):
+def test_random_crops_cover_the_range_of_areas_and_aspect_ratios(size, largest):
     image = coordinates(*size)
     rng = np.random.default_rng(0)
     shares, ratios, corners = [], [], []
     for _ in range(200):
         pixels = augment(image, 64, 0.25, False, rng).astype(int)
-        # The outer pixels stand half a pixel inside of the part.
+        # The centers of the outer pixels lie half a pixel inside the crop.
         across = (pixels[32, -1, 0] - pixels[32, 0, 0]) / 255 * 64 / 63
         down = (pixels[-1, 32, 1] - pixels[0, 32, 1]) / 255 * 64 / 63
         shares.append(across * down)
@@ -246,37 +246,37 @@ def test_a_random_part_is_as_large_as_it_should_be(size, largest):
     assert (np.std(corners, axis=0) > 15).all()
 
 
-def test_a_part_that_cannot_fit_is_the_square_in_the_middle():
+def test_a_crop_that_cannot_fit_is_the_centered_square():
     (image,) = make_pictures(1)
     narrow = image.resize((400, 4))
     pixels = augment(narrow, 8, 1.0, False, np.random.default_rng(0))
     np.testing.assert_array_equal(pixels, prepare(narrow, 8))
 
 
-def test_every_other_picture_is_mirrored():
+def test_half_of_the_images_are_flipped():
     image = coordinates(32, 32)
     rng = np.random.default_rng(0)
     plain = prepare(image, 16)
-    mirrored = 0
+    flipped = 0
     for _ in range(200):
         pixels = augment(image, 16, None, True, rng)
-        is_mirrored = (pixels == plain[:, ::-1]).all()
-        assert is_mirrored or (pixels == plain).all()
-        mirrored += int(is_mirrored)
-    assert 70 < mirrored < 130
+        is_flipped = (pixels == plain[:, ::-1]).all()
+        assert is_flipped or (pixels == plain).all()
+        flipped += int(is_flipped)
+    assert 70 < flipped < 130
 
 
 # Glyphs
 
 
-def test_the_fonts_are_those_of_matplotlib():
+def test_fonts_ship_with_matplotlib():
     names = [font.name for font in font_files()]
     assert {"DejaVuSans.ttf", "DejaVuSerif-Bold.ttf", "cmr10.ttf"} <= set(names)
     assert not any("LastResort" in name for name in names)
     assert names == sorted(names)
 
 
-def test_glyphs_are_different_and_have_ink():
+def test_glyphs_are_distinct_and_not_blank():
     glyphs = draw_glyphs(SIZE, two_fonts())
     assert glyphs.images.shape == (len(glyphs.characters), SIZE, SIZE)
     assert glyphs.images.dtype == np.uint8
@@ -289,7 +289,7 @@ def test_glyphs_are_different_and_have_ink():
 
 
 @pytest.mark.parametrize("size", [2, 9, 40])
-def test_glyphs_are_seen_whole(size):
+def test_glyphs_fit_into_their_images(size):
     images = draw_glyphs(size, two_fonts()[:1]).images
     assert images.shape[1:] == (size, size)
     if size > 2:
@@ -297,7 +297,7 @@ def test_glyphs_are_seen_whole(size):
         assert (images[:, :, [0, -1]] == 255).all()
 
 
-def test_a_character_is_on_one_side_in_all_fonts(glyph_config):
+def test_glyphs_are_split_by_character(glyph_config):
     glyphs = draw_glyphs(SIZE, two_fonts())
     character = dict(zip(as_rows(glyphs.images), glyphs.characters))
     config = replace(glyph_config, batch_size=1, validation_batches=1)
@@ -315,7 +315,7 @@ def test_a_character_is_on_one_side_in_all_fonts(glyph_config):
     assert len(trained) > 0.7 * len(both)
 
 
-def test_a_pass_has_every_glyph_once(glyph_config, capsys):
+def test_an_epoch_has_every_glyph_once(glyph_config, capsys):
     config = replace(glyph_config, batch_size=1, validation_batches=1)
     loaded = load_data(config, SIZE, 0)
     words = capsys.readouterr().out.split()
@@ -335,9 +335,7 @@ def test_a_pass_has_every_glyph_once(glyph_config, capsys):
 
 def test_batches_of_files(config, capsys):
     loaded = load_data(config, SIZE, 0)
-    assert capsys.readouterr().out == (
-        "Corpus: 32 pictures to train on and 8 to validate on.\n"
-    )
+    assert capsys.readouterr().out == ("Corpus: 32 training and 8 validation images.\n")
     batch = next(iter(loaded.train))
     assert batch["image"].shape == (4, SIZE, SIZE, 3)
     assert batch["seed"].shape == (4,)
@@ -349,7 +347,7 @@ def test_batches_of_files(config, capsys):
     assert not loaded.files
 
 
-def test_no_picture_is_on_both_sides(config, pictures):
+def test_no_image_is_in_both_splits(config, pictures):
     config = replace(config, crop_min=None, flip=False)
     loaded = load_data(config, SIZE, 0)
     train = as_rows(take(loaded.train, 8)["image"])
@@ -368,7 +366,7 @@ def test_hashes_are_split_by_their_order(fraction):
     assert len(validation) == {0.01: 1, 0.3: 3, 0.99: 9}[fraction]
 
 
-def test_what_is_found_in_directories(tmp_path):
+def test_images_are_found_in_directories(tmp_path):
     (image,) = make_pictures(1)
     for name in ("a.png", "b.JPG", "c/d.webp", ".hidden.png", "no_suffix"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -381,7 +379,7 @@ def test_what_is_found_in_directories(tmp_path):
     assert next(iter(find_pictures([named, tmp_path]))) == named
 
 
-def test_copies_of_a_picture_count_once(config, pictures, tmp_path, capsys):
+def test_copies_of_an_image_count_once(config, pictures, tmp_path, capsys):
     shutil.copytree(pictures, tmp_path / "copy")
     expected = load_data(config, SIZE, 0)
     both = replace(config, data=(*config.data, str(tmp_path / "copy")))
@@ -392,9 +390,9 @@ def test_copies_of_a_picture_count_once(config, pictures, tmp_path, capsys):
     assert first == second
 
 
-def test_the_fingerprint_is_of_what_the_files_hold(config, pictures, tmp_path):
+def test_the_fingerprint_covers_the_content_of_files(config, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "copy")
-    renamed = tmp_path / "copy" / "other" / "name.jpg"  # Pillow looks at the content.
+    renamed = tmp_path / "copy" / "other" / "name.jpg"  # Pillow ignores the suffix.
     renamed.parent.mkdir()
     (tmp_path / "copy" / "0.png").rename(renamed)
     other = replace(config, data=(str(tmp_path / "copy"),))
@@ -409,7 +407,7 @@ def test_the_fingerprint_is_of_what_the_files_hold(config, pictures, tmp_path):
     assert load_data(other, SIZE, 0).fingerprint != expected.fingerprint
 
 
-def test_the_fingerprint_of_glyphs(glyph_config, monkeypatch):
+def test_the_fingerprint_covers_glyphs(glyph_config, monkeypatch):
     expected = load_data(glyph_config, SIZE, 0).fingerprint
     assert load_data(glyph_config, SIZE, 1, 1, 2).fingerprint == expected
     monkeypatch.setattr("examples.mae.data.font_files", lambda: two_fonts()[:1])
@@ -421,16 +419,16 @@ def test_the_fingerprint_of_glyphs(glyph_config, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["config", "glyph_config"])
-def test_batches_go_on_from_a_state(name, request):
+def test_batches_resume_from_a_state(name, request):
     config = request.getfixturevalue(name)
     assert_resumes(load_data(config, SIZE, 0).train, 20, every=3)
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
-def test_the_seed_decides_what_is_drawn(seed, config):
+def test_the_seed_determines_the_training_batches(seed, config):
     ours = take(load_data(config, SIZE, seed).train, 20)
     assert_equal(ours, take(load_data(config, SIZE, seed).train, 20))
-    assert len(set(ours["seed"].tolist())) == 80  # Two passes and a half.
+    assert len(set(ours["seed"].tolist())) == 80  # Two and a half epochs.
     other = load_data(config, SIZE, 1)
     theirs = take(other.train, 20)
     assert not set(ours["seed"].tolist()) & set(theirs["seed"].tolist())
@@ -438,12 +436,12 @@ def test_the_seed_decides_what_is_drawn(seed, config):
     assert_equal(other.validation, load_data(config, SIZE, seed).validation)
 
 
-def test_a_picture_is_cut_differently_in_each_pass(config):
+def test_an_image_is_cropped_differently_in_each_epoch(config):
     train = take(load_data(config, SIZE, 0).train, 16)["image"]
     assert len(set(as_rows(train))) == 64
 
 
-def test_masks_are_the_same_with_any_augmentation(config):
+def test_masks_do_not_depend_on_the_augmentation(config):
     plain = replace(config, crop_min=None, flip=False)
     ours = take(load_data(config, SIZE, 0).train, 5)
     theirs = take(load_data(plain, SIZE, 0).train, 5)
@@ -503,8 +501,8 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_outlive_ctrl_c_and_not_the_program(tmp_path):
-    """A terminal's Ctrl-C comes to all processes of the program."""
+def test_workers_survive_ctrl_c_but_not_the_program(tmp_path):
+    """Ctrl-C in a terminal reaches all processes of the program."""
     script = tmp_path / "reads.py"
     script.write_text(_READS)
     program = subprocess.Popen(
@@ -523,13 +521,13 @@ def test_workers_outlive_ctrl_c_and_not_the_program(tmp_path):
             if line == "signal\n":
                 break
         last = int(next(lines))
-        # More than had been read ahead.
+        # More than was prefetched.
         for line in islice(lines, 60):
             assert int(line) == last + 10
             last = int(line)
         assert last > 600
         program.kill()
-        # Until all that can write the output have ended.
+        # This waits for every process that holds the output open.
         program.communicate(timeout=30)
     finally:
         program.kill()
@@ -540,30 +538,30 @@ def test_workers_outlive_ctrl_c_and_not_the_program(tmp_path):
 # Errors
 
 
-def test_no_such_file(config, tmp_path):
-    with pytest.raises(InputError, match=r"^data: there is no .*missing"):
+def test_a_missing_file_is_refused(config, tmp_path):
+    with pytest.raises(InputError, match=r"^data: .*missing does not exist"):
         load_data(replace(config, data=(str(tmp_path / "missing"),)), SIZE, 0)
 
 
-def test_no_pictures(config, tmp_path):
-    (tmp_path / "notes.txt").write_text("not a picture")
-    with pytest.raises(InputError, match=r"^data: no pictures in .*; give --data"):
+def test_a_directory_without_images_is_refused(config, tmp_path):
+    (tmp_path / "notes.txt").write_text("not an image")
+    with pytest.raises(InputError, match=r"^data: no images in .*; pass .* to --data"):
         load_data(replace(config, data=(str(tmp_path),)), SIZE, 0)
 
 
-def test_one_picture(config, pictures):
-    with pytest.raises(InputError, match=r"^data: one picture only, .*; give more"):
+def test_a_single_image_is_refused(config, pictures):
+    with pytest.raises(InputError, match=r"^data: only one image, .*; provide more"):
         load_data(replace(config, data=(str(pictures / "0.png"),)), SIZE, 0)
 
 
-def test_a_file_that_is_no_picture(config, pictures, tmp_path):
+def test_a_file_that_is_not_an_image_is_refused(config, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "bad.png").write_text("not a picture")
-    with pytest.raises(InputError, match=r"^data: cannot read .*bad.png \(not a pic"):
+    (tmp_path / "bad.png").write_text("not an image")
+    with pytest.raises(InputError, match=r"^data: cannot read .*bad.png \(not an ima"):
         load_data(replace(config, data=(str(tmp_path),)), SIZE, 0)
 
 
-def test_a_file_that_cannot_be_read(config, pictures, monkeypatch):
+def test_an_unreadable_file_is_refused(config, pictures, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
@@ -573,19 +571,19 @@ def test_a_file_that_cannot_be_read(config, pictures, monkeypatch):
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.9])
-def test_half_of_a_picture(fraction, config, tmp_path):
+def test_truncated_images_are_refused(fraction, config, tmp_path):
     content = io.BytesIO()
     make_pictures(1)[0].save(content, "png")
-    for i in range(8):  # Each has another end, and none has all.
+    for i in range(8):  # Truncated at different lengths.
         part = content.getvalue()[: 200 + 20 * i]
         (tmp_path / f"bad-{i}.png").write_bytes(part)
     config = replace(config, data=(str(tmp_path),), validation_fraction=fraction)
     config = replace(config, batch_size=1, validation_batches=1)
-    with pytest.raises(InputError, match=r"^data: cannot read .*bad-\d.png \(.+\)$"):
+    with pytest.raises(InputError, match=r"^data: cannot read .*bad-\d.png \(.+\)\.$"):
         load_data(config, SIZE, 0)
 
 
-def test_a_jpeg_that_was_cut_off(config, pictures, tmp_path):
+def test_a_truncated_jpeg_is_refused(config, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.jpg")
@@ -597,42 +595,42 @@ def test_a_jpeg_that_was_cut_off(config, pictures, tmp_path):
         load_data(config, SIZE, 0)
 
 
-def test_what_is_no_picture_is_ignored_and_said(config, pictures, tmp_path, capsys):
-    """Pillow knows a video by its name, and decodes none."""
+def test_ignored_files_are_reported(config, pictures, tmp_path, capsys):
+    """Pillow registers suffixes of videos, but cannot decode them."""
     shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
     for name in ("a.mpg", "b.h5", "notes.txt", ".git/c.png"):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
-        file.write_text("not a picture")
+        file.write_text("not an image")
     load_data(replace(config, data=(str(tmp_path),)), SIZE, 0)
-    said = capsys.readouterr().out
-    assert re.search(r"Ignored 1 hidden files: .*c\.png\.", said)
-    assert re.search(r"Ignored 3 other files: .*a.mpg, .*b.h5, .*txt\.", said)
+    printed = capsys.readouterr().out
+    assert re.search(r"Ignored 1 hidden files: .*c\.png\.", printed)
+    assert re.search(r"Ignored 3 non-image files: .*a.mpg, .*b.h5, .*txt\.", printed)
 
 
-def test_a_name_that_is_empty(config):
-    with pytest.raises(InputError, match=r"^data: '' is no file; leave --data out"):
+def test_an_empty_path_is_refused(config):
+    with pytest.raises(InputError, match=r"^data: '' is not a file; omit --data"):
         load_data(replace(config, data=("",)), SIZE, 0)
 
 
-def test_pixels_without_black_and_white(tmp_path):
+def test_floating_point_pixels_are_refused(tmp_path):
     Image.new("F", (4, 4), 0.5).save(tmp_path / "float.tiff")
     message = r"^data: cannot read .*float.tiff \(its pixels are floating-point .*8 b"
     with pytest.raises(InputError, match=message):
         read_picture(tmp_path / "float.tiff")
 
 
-def test_fewer_pictures_than_a_batch(config):
+def test_too_few_training_images_are_refused(config):
     config = replace(config, batch_size=33)
     with pytest.raises(
-        InputError, match=r"^data: 32 pictures to train on, too few .*3"
+        InputError, match=r"^data: 32 training images are too few .* 33;"
     ):
         load_data(config, SIZE, 0)
 
 
-def test_too_few_pictures_to_validate_on(config):
+def test_too_few_validation_images_are_refused(config):
     config = replace(config, validation_batches=3)
-    message = r"^data: 8 pictures to validate on, too few for 3 batches of 4; .*-frac"
+    message = r"^data: 8 validation images are too few for 3 batches of 4; .*-fraction"
     with pytest.raises(InputError, match=message):
         load_data(config, SIZE, 0)
 
@@ -640,17 +638,17 @@ def test_too_few_pictures_to_validate_on(config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0: it has to be above 0"),
-        ({"validation_batches": 0}, "validation_batches is 0: it has to be above 0"),
-        ({"shuffle_images": 0}, "shuffle_images is 0: it has to be above 0"),
-        ({"validation_fraction": 1.0}, "validation_fraction is 1.0: it has to lie"),
-        ({"workers": -1}, "workers is -1: it has to be at least 0"),
-        ({"crop_min": 0.0}, "crop_min is 0.0: it has to be above 0 and at most 1"),
-        ({"crop_min": 1.5}, "crop_min is 1.5: it has to be above 0 and at most 1"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"validation_batches": 0}, "validation_batches must be positive, got 0"),
+        ({"shuffle_images": 0}, "shuffle_images must be positive, got 0"),
+        ({"validation_fraction": 1.0}, "validation_fraction must be .*, got 1.0"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"crop_min": 0.0}, r"crop_min must lie in \(0, 1\], got 0.0"),
+        ({"crop_min": 1.5}, r"crop_min must lie in \(0, 1\], got 1.5"),
         ({"data": ("\udcff",)}, "data: .* is not UTF-8"),
     ],
 )
-def test_settings_that_do_not_fit(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(InputError, match=f"^{message}"):
         DataConfig(**settings)
 
@@ -664,7 +662,7 @@ def datasets():
 
 
 def write_dataset(datasets, directory, validation=10):
-    """Writes four files of six pictures to train on, and some to validate on."""
+    """Write four training files of six images each, and a validation file."""
     features = datasets.Features(
         {"label": datasets.Value("int64"), "image": datasets.Image()}
     )
@@ -692,7 +690,7 @@ def stream_config(datasets, tmp_path_factory):
 
 
 def in_order(config):
-    """A configuration with which pictures are neither shuffled nor cut."""
+    """Disable shuffling and augmentation in a configuration."""
     return replace(config, batch_size=1, shuffle_images=1, crop_min=None, flip=False)
 
 
@@ -700,7 +698,7 @@ def prepared(images):
     return np.stack([prepare(image, SIZE) for image in images])
 
 
-def test_a_stream_has_every_picture_in_each_pass(stream_config):
+def test_a_stream_has_every_image_in_each_epoch(stream_config):
     loaded = load_data(in_order(stream_config), SIZE, 0)
     batches = take(loaded.train, 48)
     expected = prepared(make_pictures(24))
@@ -710,7 +708,7 @@ def test_a_stream_has_every_picture_in_each_pass(stream_config):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])  # Four files do not divide by three.
-def test_a_picture_is_read_by_one_process_in_a_pass(count, stream_config):
+def test_an_image_is_read_by_one_process_per_epoch(count, stream_config):
     config = replace(in_order(stream_config), batch_size=count)
     parts = [
         take(load_data(config, SIZE, 0, p, count).train, 24 // count)
@@ -722,13 +720,13 @@ def test_a_picture_is_read_by_one_process_in_a_pass(count, stream_config):
 
 
 @pytest.mark.parametrize(("index", "count"), [(0, 1), (1, 2), (2, 3)])
-def test_a_stream_goes_on_from_a_state(index, count, stream_config):
+def test_a_stream_resumes_from_a_state(index, count, stream_config):
     config = replace(stream_config, batch_size=4 * count)
     config = replace(config, validation_batches=1, validation_split="train")
     assert_resumes(load_data(config, SIZE, 0, index, count).train, 14, every=3)
 
 
-def test_a_stream_is_shuffled_among_the_next_pictures(stream_config):
+def test_a_stream_is_shuffled_within_a_window(stream_config):
     config = replace(stream_config, crop_min=None, flip=False)
     plain = take(load_data(in_order(config), SIZE, 0).train, 20)
     for seed in (0, 2**32 - 1):
@@ -741,22 +739,22 @@ def test_a_stream_is_shuffled_among_the_next_pictures(stream_config):
         assert (shuffled["image"] != plain["image"]).any()
 
 
-def test_validation_is_on_the_first_pictures(stream_config, capsys):
+def test_a_stream_validates_on_its_first_images(stream_config, capsys):
     loaded = load_data(stream_config, SIZE, 0)
     expected = prepared(make_pictures(8, seed=1)).reshape(2, 4, SIZE, SIZE, 3)
     np.testing.assert_array_equal(loaded.validation["image"], expected)
-    assert "the first 8 pictures of validation." in capsys.readouterr().out
+    assert "the first 8 images of validation." in capsys.readouterr().out
     part = load_data(stream_config, SIZE, 1, 1, 2)
     assert part.fingerprint == loaded.fingerprint
     np.testing.assert_array_equal(part.validation["image"], expected[:, 1::2])
     seeds = loaded.validation["seed"]
     np.testing.assert_array_equal(part.validation["seed"], seeds[:, 1::2])
     same = load_data(replace(stream_config, validation_split="train"), SIZE, 0)
-    assert "of train, which are trained on too." in capsys.readouterr().out
+    assert "of train, which are also trained on." in capsys.readouterr().out
     assert same.fingerprint != loaded.fingerprint
 
 
-def test_a_column_of_bytes_with_gaps(datasets, stream_config, tmp_path):
+def test_a_column_of_bytes_with_missing_values(datasets, stream_config, tmp_path):
     images = make_pictures(5)
     rows = []
     for image in images:
@@ -783,43 +781,43 @@ def test_a_dataset_of_image_files(datasets, stream_config, tmp_path):
     np.testing.assert_array_equal(train, prepared(make_pictures(3)))
 
 
-def test_a_picture_of_a_stream_that_is_none(datasets, stream_config, tmp_path):
-    dataset = datasets.Dataset.from_dict({"image": [b"not a picture"] * 4})
+def test_a_stream_with_an_invalid_image_is_refused(datasets, stream_config, tmp_path):
+    dataset = datasets.Dataset.from_dict({"image": [b"not an image"] * 4})
     for split in ("train", "validation"):
         dataset.to_parquet(tmp_path / f"{split}.parquet")
     config = replace(in_order(stream_config), data=(f"hf:{tmp_path}",))
-    message = r"^data: cannot read a picture of the dataset \(cannot identify"
+    message = r"^data: cannot read an image of the dataset \(cannot identify"
     with pytest.raises(InputError, match=message):
         load_data(config, SIZE, 0)
 
 
 @pytest.mark.parametrize("column", ["picture", "label"])
-def test_a_column_without_pictures(column, stream_config):
-    message = f"^image_column: .*no column '{column}' of pictures; pass --image-column"
+def test_a_column_without_images_is_refused(column, stream_config):
+    message = f"^image_column: .*no column '{column}' of images; pass --image-column"
     with pytest.raises(InputError, match=message):
         load_data(replace(stream_config, image_column=column), SIZE, 0)
 
 
 @pytest.mark.parametrize("setting", ["train_split", "validation_split"])
-def test_a_split_that_a_dataset_lacks(setting, stream_config):
+def test_a_missing_split_is_refused(setting, stream_config):
     option = "--" + setting.replace("_", "-")
-    message = f"^{setting}: .* no split 'dev'; pass {option} .*: train, validation$"
+    message = f"^{setting}: .* no split 'dev'; pass {option} .*: train, validation\\.$"
     with pytest.raises(InputError, match=message):
         load_data(replace(stream_config, **{setting: "dev"}), SIZE, 0)
 
 
-def test_a_stream_that_is_too_short_to_validate_on(stream_config):
-    message = r"^validation_split: 'validation' has 10 pictures, too few for 3 batches"
+def test_a_stream_with_too_few_validation_images_is_refused(stream_config):
+    message = r"^validation_split: 'validation' has 10 images, too few for 3 batches"
     with pytest.raises(InputError, match=message):
         load_data(replace(stream_config, validation_batches=3), SIZE, 0)
 
 
-def test_worker_processes_for_a_stream(stream_config):
-    with pytest.raises(InputError, match=r"^workers is 2: threads read .*; leave it 0"):
+def test_workers_for_a_stream_are_refused(stream_config):
+    with pytest.raises(InputError, match=r"^workers must be 0 for a Hugging .* got 2"):
         load_data(replace(stream_config, workers=2), SIZE, 0)
 
 
-def test_a_dataset_beside_files(stream_config, config):
+def test_a_dataset_alongside_files_is_refused(stream_config, config):
     both = replace(stream_config, data=(*stream_config.data, *config.data))
-    with pytest.raises(InputError, match=r"^data: a Hugging Face dataset is .*alone"):
+    with pytest.raises(InputError, match=r"^data: a Hugging Face dataset cannot be co"):
         load_data(both, SIZE, 0)

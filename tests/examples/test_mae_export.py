@@ -1,4 +1,4 @@
-"""A trained autoencoder in the format of Hugging Face, and its loss in transformers."""
+"""Export of an autoencoder to Hugging Face's format, and parity with transformers."""
 
 import json
 from dataclasses import replace
@@ -106,7 +106,7 @@ def test_names_and_shapes(exported):
     assert {tensor.dtype.name for tensor in tensors.values()} == {"float32"}
 
 
-def test_every_number_is_there_once(params, exported):
+def test_every_parameter_is_exported_once(params, exported):
     tensors = load_file(exported / "model.safetensors")
     for name, features in (
         ("vit.embeddings.position_embeddings", 32),
@@ -120,7 +120,7 @@ def test_every_number_is_there_once(params, exported):
     np.testing.assert_array_equal(theirs, ours)
 
 
-def test_every_number_is_in_its_place(params, exported):
+def test_parameters_are_exported_under_the_right_names(params, exported):
     tensors = load_file(exported / "model.safetensors")
     encoder, decoder = params["encoder"], params["decoder"]
     for name, value in {
@@ -145,7 +145,7 @@ def test_every_number_is_in_its_place(params, exported):
         np.testing.assert_array_equal(tensors[name], value)
 
 
-def test_the_projection_of_patches_becomes_a_convolution(params, exported):
+def test_the_patch_projection_becomes_a_convolution(params, exported):
     tensors = load_file(exported / "model.safetensors")
     kernel = tensors["vit.embeddings.patch_embeddings.projection.weight"]
     images = np.asarray(normalize(random_images(2, 20)))
@@ -157,7 +157,7 @@ def test_the_projection_of_patches_becomes_a_convolution(params, exported):
     np.testing.assert_allclose(projected, convolved, rtol=0, atol=1e-5)
 
 
-def test_the_files(exported):
+def test_exported_files(exported):
     files = {path.name for path in exported.iterdir()}
     assert files == {"config.json", "model.safetensors", "preprocessor_config.json"}
     config = json.loads((exported / "config.json").read_text())
@@ -173,7 +173,7 @@ def test_the_files(exported):
     assert pictures["image_std"] == [0.229, 0.224, 0.225]
 
 
-def test_the_command(tmp_path, capsys):
+def test_export_command(tmp_path, capsys):
     losses = {2: 0.5, 3: 0.3, 7: 0.4}
     write_run(tmp_path / "run", MAETask(MODEL), losses)
     for step, choice in ((7, []), (2, ["--step", 2]), (3, ["--best"])):
@@ -190,9 +190,9 @@ def test_the_command(tmp_path, capsys):
         run_command(*command)
 
 
-def test_what_cannot_be_exported(tmp_path):
+def test_a_directory_without_a_run_is_not_exported(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match=r"^run_dir: .* holds no run"):
+    with pytest.raises(InputError, match=r"^run_dir: .* contains no run"):
         export.export(Source(tmp_path), out)
     assert not out.exists()
 
@@ -209,7 +209,7 @@ def transformers(monkeypatch):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("norm_pixels", [False, True])
-def test_loss_and_prediction_of_transformers(
+def test_loss_and_prediction_match_transformers(
     transformers, norm_pixels, attention, params, tmp_path
 ):
     import torch
@@ -238,8 +238,8 @@ def test_loss_and_prediction_of_transformers(
     np.testing.assert_allclose(loss, expected.loss, rtol=0, atol=1e-4)
 
 
-def test_pictures_of_transformers(transformers, exported):
-    # Where torchvision is installed, its resizing is another.
+def test_the_image_processor_matches_transformers(transformers, exported):
+    # The fast processor resizes with torchvision, which differs.
     processor = transformers.AutoImageProcessor.from_pretrained(
         exported, use_fast=False
     )

@@ -1,4 +1,4 @@
-"""The model of the masked autoencoder: patches, masks, encoder, decoder, and loss."""
+"""The masked autoencoder's model: patches, masks, encoder, decoder and loss."""
 
 import itertools
 import math
@@ -65,7 +65,7 @@ def init(config):
 
 
 def make_model(config):
-    """A model whose biases are not zero."""
+    """Create a model whose biases are not zero."""
     model = init(config)
     generator = np.random.default_rng(0)
 
@@ -100,7 +100,7 @@ def patches_of(images, config=MODEL):
 # Patches
 
 
-def test_patches_are_row_by_row():
+def test_patches_are_in_row_major_order():
     images = random_images()
     patches = patchify(images, 4)
     assert patches.shape == (3, 16, 48)
@@ -111,7 +111,7 @@ def test_patches_are_row_by_row():
     np.testing.assert_array_equal(unpatchify(patches, 4), images)
 
 
-def test_the_projection_of_patches_is_a_convolution(model):
+def test_the_patch_projection_is_a_convolution(model):
     images = random_images()
     kernel = model.patches.kernel[...].reshape(4, 4, 3, 32)
     expected = jax.lax.conv_general_dilated(
@@ -127,7 +127,7 @@ def test_the_projection_of_patches_is_a_convolution(model):
     )
 
 
-def test_pixels_are_normalized_as_those_of_imagenet():
+def test_pixels_are_normalized_with_imagenet_statistics():
     images = random_images()
     expected = (np.asarray(images) / 255 - PIXEL_MEAN) / PIXEL_STD
     assert normalize(images).dtype == jnp.float32
@@ -139,7 +139,7 @@ def test_pixels_are_normalized_as_those_of_imagenet():
 
 @given(st.sampled_from([1, 4, 15]), st.integers(0, 2**32 - 1))
 @settings(max_examples=20)
-def test_a_mask_leaves_the_patches_with_the_smallest_noise(visible, seed):
+def test_the_patches_with_the_smallest_noise_are_visible(visible, seed):
     noise = np.random.default_rng(seed).random((3, 16), np.float32)
     mask = jax.jit(random_mask, static_argnums=1)(noise, visible)
     np.testing.assert_array_equal(mask.masked.sum(1), [16 - visible] * 3)
@@ -151,14 +151,14 @@ def test_a_mask_leaves_the_patches_with_the_smallest_noise(visible, seed):
         np.testing.assert_array_equal(shown, np.sort(order[:visible]))
 
 
-def test_the_share_that_is_hidden():
-    assert MODEL.visible == 4  # Of 16, 4.8 rounded down.
+def test_number_of_visible_patches():
+    assert MODEL.visible == 4  # 0.3 x 16 = 4.8, rounded down.
     assert MODELS["tiny"].visible == 16
     assert MODELS["vit-b"].visible == 49
     assert MODELS["vit-h"].visible == 64
 
 
-def test_the_noise_of_a_picture_depends_on_its_seed_only():
+def test_the_noise_of_an_image_depends_only_on_its_seed():
     seeds = jnp.array([5, 2**32 - 1, 7, 5], jnp.uint32)
     noise = mask_noise(seeds, 64)
     np.testing.assert_array_equal(noise[0], noise[3])
@@ -173,7 +173,7 @@ def test_the_noise_of_a_picture_depends_on_its_seed_only():
 # Positions
 
 
-def test_positions_in_numpy():
+def test_positions_match_numpy():
     made = positions(3, 8)
     assert made.shape == (10, 8)
     assert made.dtype == np.float32
@@ -209,11 +209,10 @@ def test_the_encoder_does_not_see_masked_patches(model):
         assert (grads[~mask.masked] > 0).all()
 
 
-def test_the_encoder_does_not_know_the_order_of_what_it_sees(model):
+def test_the_encoder_is_equivariant_to_the_order_of_visible_patches(model):
     noise = random_noise()
     mask = random_mask(noise, MODEL.visible)
     patches = patches_of(random_images())
-    # The same patches are visible, in another order.
     backwards = mask._replace(visible=mask.visible[:, ::-1])
     encode = nnx.jit(lambda model, mask: model.encode(patches, mask))
     ours, theirs = encode(model, mask), encode(model, backwards)
@@ -221,7 +220,7 @@ def test_the_encoder_does_not_know_the_order_of_what_it_sees(model):
     np.testing.assert_allclose(theirs[:, :0:-1], ours[:, 1:], rtol=1e-4, atol=1e-5)
 
 
-def test_the_encoder_in_parts(model):
+def test_the_encoder_matches_its_parts(model):
     images, noise = random_images(), random_noise()
     mask = random_mask(noise, MODEL.visible)
     patches = patches_of(images)
@@ -240,7 +239,7 @@ def test_the_encoder_in_parts(model):
         )
 
 
-def test_the_decoder_puts_tokens_back_in_their_places(model):
+def test_the_decoder_restores_the_order_of_tokens(model):
     noise = random_noise()
     mask = random_mask(noise, MODEL.visible)
     encoded = jax.random.normal(jax.random.key(3), (3, 1 + MODEL.visible, 32))
@@ -264,12 +263,12 @@ def test_the_decoder_puts_tokens_back_in_their_places(model):
 
 
 def layer_of(blocks, layer):
-    """Takes one block out of the stack."""
+    """Extract one block from the stack."""
     graphdef, state = nnx.split(blocks)
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], state))
 
 
-def test_a_block_adds_to_a_stream_that_is_normalized_before_each_sublayer(model):
+def test_a_block_normalizes_before_each_residual_sublayer(model):
     block = layer_of(model.encoder, 1)
     x = jax.random.normal(jax.random.key(0), (2, 5, 32))
     y = x + call(block.attention, call(block.attention_norm, x))
@@ -277,7 +276,7 @@ def test_a_block_adds_to_a_stream_that_is_normalized_before_each_sublayer(model)
     np.testing.assert_allclose(call(block, x), y, rtol=1e-5, atol=1e-6)
 
 
-def test_attention_in_numpy(model):
+def test_attention_matches_numpy(model):
     attention = layer_of(model.encoder, 0).attention
     x = np.random.default_rng(0).normal(size=(1, 5, 32)).astype(np.float32)
 
@@ -297,7 +296,7 @@ def test_attention_in_numpy(model):
     np.testing.assert_allclose(call(attention, x)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_feed_forward_in_numpy(model):
+def test_feed_forward_matches_numpy(model):
     layer = layer_of(model.decoder, 1).feed_forward
     x = np.random.default_rng(0).normal(size=(2, 3, 24)).astype(np.float32) * 3
     inner = x @ np.asarray(layer.up.kernel[...]) + np.asarray(layer.up.bias[...])
@@ -307,7 +306,7 @@ def test_feed_forward_in_numpy(model):
     np.testing.assert_allclose(call(layer, x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_layer_norm_in_numpy(model):
+def test_layer_norm_matches_numpy(model):
     x = np.random.default_rng(0).normal(1.0, 1e-4, (2, 5, 32)).astype(np.float32)
     y = x.astype(np.float64)
     expected = (y - y.mean(-1, keepdims=True)) / np.sqrt(
@@ -321,7 +320,7 @@ def test_layer_norm_in_numpy(model):
 
 
 @pytest.mark.parametrize("norm_pixels", [False, True])
-def test_the_loss_in_numpy(norm_pixels):
+def test_the_loss_matches_numpy(norm_pixels):
     config = replace(MODEL, norm_pixels=norm_pixels)
     model = make_model(config)
     images, noise = random_images(), random_noise()
@@ -339,7 +338,7 @@ def test_the_loss_in_numpy(norm_pixels):
     np.testing.assert_allclose(loss, errors.mean(), rtol=1e-5)
 
 
-def test_the_loss_is_of_masked_patches_only(model):
+def test_the_loss_covers_only_masked_patches(model):
     images, noise = random_images(), random_noise()
     masked = random_mask(noise, MODEL.visible).masked
     whole = jnp.broadcast_to(masked[..., None], (3, 16, 48))
@@ -350,7 +349,7 @@ def test_the_loss_is_of_masked_patches_only(model):
         prediction = model.predict(patches_of(images), random_mask(noise, 4))
         return jnp.square(prediction - patches_of(targets)).mean(-1)
 
-    # What is hidden changes the loss as a target, and no prediction.
+    # Masked patches affect the loss only as targets, not through predictions.
     before, after = error(model, images), error(model, changed)
     np.testing.assert_array_equal(before[~masked], after[~masked])
     np.testing.assert_allclose(
@@ -361,13 +360,13 @@ def test_the_loss_is_of_masked_patches_only(model):
     )
 
 
-def test_the_mean_over_parts_of_a_batch_is_that_of_the_batch(model):
+def test_the_mean_loss_of_equal_parts_is_that_of_the_batch(model):
     images, noise = random_images(6), random_noise(6)
     parts = [call(model, images[i::2], noise[i::2]) for i in range(2)]
     np.testing.assert_allclose(call(model, images, noise), np.mean(parts), rtol=1e-6)
 
 
-def test_gradients_of_plain_pictures_are_finite():
+def test_gradients_of_constant_images_are_finite():
     model = init(replace(MODEL, norm_pixels=True))
     images = jnp.zeros((3, 16, 16, 3), jnp.uint8).at[1].set(255)
     loss, grads = loss_and_grad(model, images, random_noise())
@@ -379,7 +378,7 @@ def test_gradients_of_plain_pictures_are_finite():
 def test_every_parameter_has_a_gradient(model):
     _, grads = loss_and_grad(model, random_images(), random_noise())
     for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(grads)):
-        # A constant added to all scores of a query changes no weight.
+        # The softmax is invariant to the key bias: it shifts all scores of a query.
         if "['key']['bias']" not in jax.tree_util.keystr(path):
             assert np.abs(leaf).max() > 1e-7, path
 
@@ -389,7 +388,7 @@ def test_every_parameter_has_a_gradient(model):
     [{"remat": True}, {"unroll": 2, "decoder_unroll": 2}],
     ids=["remat", "unroll"],
 )
-def test_how_it_is_computed_changes_nothing(option, model):
+def test_remat_and_unroll_change_nothing(option, model):
     other = make_model(replace(MODEL, **option))
     batch = random_images(), random_noise()
     loss, grads = loss_and_grad(model, *batch)
@@ -399,7 +398,7 @@ def test_how_it_is_computed_changes_nothing(option, model):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_bfloat16_computes_only(model):
+def test_bfloat16_leaves_parameters_loss_and_gradients_in_float32(model):
     other = make_model(replace(MODEL, dtype="bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(other))} == {
         jnp.dtype("float32")
@@ -487,11 +486,11 @@ def test_number_of_parameters():
     ("name", "parameters"),
     [("vit-b", 111_655_680), ("vit-l", 329_239_296), ("vit-h", 656_613_964)],
 )
-def test_the_models_of_the_paper(name, parameters):
+def test_number_of_parameters_of_the_paper_models(name, parameters):
     assert count_parameters(MAETask(MODELS[name])) == parameters
 
 
-def test_operations():
+def test_number_of_flops():
     assert flops_per_image(MODEL) == 3 * 2 * (
         4 * 48 * 32
         + 2 * 5 * (4 * 32**2 + 2 * 32 * 48 + 2 * 5 * 32)
@@ -501,11 +500,11 @@ def test_operations():
     )
 
 
-# Pictures
+# Reconstructions
 
 
 @pytest.mark.parametrize("norm_pixels", [False, True])
-def test_a_reconstruction_keeps_what_was_seen(norm_pixels):
+def test_a_reconstruction_keeps_visible_patches(norm_pixels):
     model = make_model(replace(MODEL, norm_pixels=norm_pixels))
     images, noise = random_images(), random_noise()
     shown = nnx.jit(lambda m: m.reconstruct(images, noise))(model)
@@ -537,29 +536,29 @@ def test_a_reconstruction_keeps_what_was_seen(norm_pixels):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 0}, "image_size is 0: it has to be above 0"),
-        ({"decoder_num_layers": -1}, "decoder_num_layers is -1: it has to be above 0"),
-        ({"patch_size": 5}, r"patch_size \(5\) does not divide image_size \(32\)"),
-        ({"mask_ratio": 1.0}, "mask_ratio is 1.0: it has to lie between 0 and 1"),
-        ({"mask_ratio": 0.0}, "mask_ratio is 0.0: it has to lie between 0 and 1"),
-        ({"mask_ratio": 0.99}, "mask_ratio is 0.99: of 64 patches it leaves 0 vis"),
-        ({"patch_size": 32}, "mask_ratio is 0.75: of 1 patches it leaves 0 visible"),
-        ({"num_heads": 3}, r"num_heads \(3\) does not divide hidden_size \(128\)"),
+        ({"image_size": 0}, "image_size must be positive, got 0"),
+        ({"decoder_num_layers": -1}, "decoder_num_layers must be positive, got -1"),
+        ({"patch_size": 5}, r"patch_size \(5\) must divide image_size \(32\)"),
+        ({"mask_ratio": 1.0}, "mask_ratio must be strictly between 0 and 1"),
+        ({"mask_ratio": 0.0}, "mask_ratio must be strictly .*, got 0.0"),
+        ({"mask_ratio": 0.99}, "mask_ratio .*, but 0.99 leaves 0 of 64 visible"),
+        ({"patch_size": 32}, "mask_ratio .*, but 0.75 leaves 0 of 1 visible"),
+        ({"num_heads": 3}, r"num_heads \(3\) must divide hidden_size \(128\)"),
         (
             {"decoder_num_heads": 3},
-            r"decoder_num_heads \(3\) does not divide decoder_hidden_size \(64\)",
+            r"decoder_num_heads \(3\) must divide decoder_hidden_size \(64\)",
         ),
         (
             {"hidden_size": 6, "num_heads": 2},
-            "hidden_size is 6: choose a multiple of 4",
+            "hidden_size must be a multiple of 4, got 6",
         ),
         (
             {"decoder_hidden_size": 10, "decoder_num_heads": 5},
-            "decoder_hidden_size is 10: choose a multiple of 4",
+            "decoder_hidden_size must be a multiple of 4, got 10",
         ),
-        ({"dtype": "float16"}, "dtype is 'float16': choose one of float32, bfloat16"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
     ],
 )
-def test_settings_that_do_not_fit(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(InputError, match=f"^{message}"):
         ModelConfig(**settings)

@@ -1,4 +1,4 @@
-"""Pictures of what a trained autoencoder makes of what it sees."""
+"""Drawing the reconstructions of trained autoencoders."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,9 +40,9 @@ def read(path):
 
 
 def find(sheet, kinds, count, size):
-    """Cuts the pictures out of a drawing, ``[kinds, count, size, size, 3]``.
+    """Cut the images out of a figure, ``[kinds, count, size, size, 3]``.
 
-    Everything around them is white but for a frame, and the names on the left.
+    Check that everything else is white, except for frames and the names on the left.
     """
     scale = max(1, round(128 / size))
     side = scale * size
@@ -77,7 +77,7 @@ def find(sheet, kinds, count, size):
 
 @pytest.mark.parametrize("count", [1, 3, 8, 11])
 @pytest.mark.parametrize("size", [16, 32, 100, 224])
-def test_pictures_are_enlarged_without_smoothing(size, count, tmp_path):
+def test_images_are_enlarged_without_smoothing(size, count, tmp_path):
     rows = random_images(4 * count, size).reshape(4, count, size, size, 3)
     original, seen, *filled = rows
     names = "AdamW", "cautious Adafactor"
@@ -88,7 +88,7 @@ def test_pictures_are_enlarged_without_smoothing(size, count, tmp_path):
     )
 
 
-def test_examples_are_chosen_at_equal_distances():
+def test_chosen_examples_are_evenly_spaced():
     numbers = np.arange(12, dtype=np.uint32)
     validation = {
         "image": np.broadcast_to(numbers[:, None, None, None], (12, 4, 4, 3)),
@@ -112,13 +112,13 @@ def test_examples_are_chosen_at_equal_distances():
 
 
 def make_data():
-    """Two batches of six to validate on."""
+    """Build two validation batches of six images."""
     images = random_images(12, 20).reshape(2, 6, 20, 20, 3)
     seeds = np.arange(12, dtype=np.uint32).reshape(2, 6)
     return Data(None, {"image": images, "seed": seeds}, "")
 
 
-def test_models_side_by_side(tmp_path):
+def test_models_are_drawn_side_by_side(tmp_path):
     task = MAETask(MODEL)
     models = {
         name: Model(task, random_params(MODEL, i))
@@ -147,7 +147,7 @@ def test_models_side_by_side(tmp_path):
 
 
 def test_each_model_is_drawn_with_its_own_settings(tmp_path, capsys):
-    """As of a comparison that sweeps them."""
+    """Models of a comparison may differ in the settings that it sweeps."""
     task = MAETask(MODEL)
     wide = replace(MODEL, hidden_size=2 * MODEL.hidden_size, num_heads=1)
     seen = replace(MODEL, mask_ratio=0.5)
@@ -156,7 +156,7 @@ def test_each_model_is_drawn_with_its_own_settings(tmp_path, capsys):
         for name, config in (("wide", wide), ("half", seen))
     }
     (path,) = task.show(lambda: models, make_data, tmp_path)
-    assert "Not drawn, because its pictures or masks differ: half." in (
+    assert "Not drawn, because its image size or masks differ: half." in (
         capsys.readouterr().out
     )
     *_, filled = find(read(path), 3, 8, 20)
@@ -196,11 +196,11 @@ def run_dir(task, tmp_path_factory):
         (["--best", "--pictures", 64], 3, 10),
     ],
 )
-def test_the_command(options, step, count, task, run_dir, tmp_path, capsys):
+def test_reconstruct_command(options, step, count, task, run_dir, tmp_path, capsys):
     path = tmp_path / "new" / "drawn.png"
     run_command("reconstruct", "--run-dir", run_dir, "--output", path, *options)
-    said = f"Drew {count} pictures with the model of step {step} to {path}."
-    assert said in capsys.readouterr().out
+    printed = f"Drew {count} images with the model of step {step} to {path}."
+    assert printed in capsys.readouterr().out
 
     examples = choose(task.load(0, 0, 1).validation, count)
     made = task.reconstruct(random_params(MODEL, step), examples)
@@ -209,19 +209,17 @@ def test_the_command(options, step, count, task, run_dir, tmp_path, capsys):
         np.testing.assert_array_equal(drawn, expected)
 
 
-def test_the_picture_is_written_where_the_command_is_given(
-    run_dir, tmp_path, monkeypatch
-):
+def test_the_default_output_is_in_the_working_directory(run_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_command("reconstruct", "--run-dir", run_dir)
     assert [path.name for path in tmp_path.iterdir()] == ["reconstructions.png"]
 
 
-def test_pictures_that_have_changed(run_dir, task, tmp_path):
+def test_changed_images_are_refused(run_dir, task, tmp_path):
     (file, *_) = Path(task.data.data[0]).iterdir()
     moved = file.rename(tmp_path / file.name)
     try:
-        with pytest.raises(InputError, match=r"^data: the pictures have changed since"):
+        with pytest.raises(InputError, match=r"^data: the images have changed since"):
             reconstruct(Source(run_dir), tmp_path / "drawn.png")
     finally:
         moved.rename(file)
@@ -230,16 +228,16 @@ def test_pictures_that_have_changed(run_dir, task, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--pictures", 0], "pictures is 0: it has to be at least 1 and at most 64"),
-        (["--pictures", 65], "pictures is 65: it has to be at least 1 and at most 64"),
-        (["--output", "x.jpg"], "output: x.jpg is no PNG; name a file with .png"),
-        (["--output", "file/x.png"], "output: cannot make file"),
+        (["--pictures", 0], r"pictures must lie in \[1, 64\], got 0"),
+        (["--pictures", 65], r"pictures must lie in \[1, 64\], got 65"),
+        (["--output", "x.jpg"], "output must be a .png file, got x.jpg"),
+        (["--output", "file/x.png"], "output: cannot create file"),
         (["--output", "taken.png"], "output: cannot write taken.png .* a directory"),
         (["--step", 4], "step: there is no checkpoint of step 4 in .* one of 2, 3, 7"),
-        (["--run-dir", "none"], "run_dir: none holds no run"),
+        (["--run-dir", "none"], "run_dir: none contains no run"),
     ],
 )
-def test_what_cannot_be_drawn(options, message, run_dir, tmp_path, monkeypatch):
+def test_invalid_options_are_refused(options, message, run_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "taken.png").mkdir()

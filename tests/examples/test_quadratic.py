@@ -1,4 +1,4 @@
-"""Tests of examples/quadratic: the dynamics, the paper's promises and the command."""
+"""Tests of examples/quadratic: dynamics, the paper's guarantees, and the command."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_gradient_descent_matches_its_closed_form() -> None:
-    """w_t = (1 - lr a)^t w_0, without kinetic energy."""
+    """Check w_t = (1 - lr a)^t w_0, and that there is no kinetic energy."""
     actual = run(Config(30.0, 0.02, steps=40, start=(1.0, -2.0)))["gradient descent"]
     t = np.arange(41)[:, None]
     expected = (1 - 0.02 * np.array([1.0, 30.0])) ** t * np.array([1.0, -2.0])
@@ -29,7 +29,7 @@ def test_gradient_descent_matches_its_closed_form() -> None:
 
 
 def test_hamiltonian_adds_the_kinetic_energy_of_the_momentum() -> None:
-    """By hand: f = (1 + 10 * 4) / 2 and m = (1, 20), then w = (0.9, 0)."""
+    """Check one step by hand: f = (1 + 10 * 4) / 2, m = (1, 20), then w = (0.9, 0)."""
     path = trajectory(optax.sgd(0.1, 0.9), jnp.array([1.0, 2.0]), 10.0, 1)
     np.testing.assert_allclose(path.momenta, [[0, 0], [1, 20]])
     energy = hamiltonian(path, 10.0, 0.1)
@@ -37,18 +37,18 @@ def test_hamiltonian_adds_the_kinetic_energy_of_the_momentum() -> None:
 
 
 def test_cautious_momentum_matches_the_rule_of_the_paper() -> None:
-    """A coordinate whose momentum opposes its gradient rests, the other steps twice."""
+    """Check the updates against the rule in NumPy, including frozen coordinates."""
     config = Config(steps=60)
     rate, curvature = config.learning_rate, np.array([1.0, config.condition])
-    w, m, points, rested = np.ones(2), np.zeros(2), [np.ones(2)], 0
+    w, m, points, frozen = np.ones(2), np.zeros(2), [np.ones(2)], 0
     for _ in range(config.steps):
         gradient = curvature * w
         m = config.momentum * m + gradient
         mask = m * gradient > 0
         w = w - rate * m * mask / mask.mean()
         points.append(w)
-        rested += int(np.sum(~mask))
-    assert 10 < rested < 60
+        frozen += int(np.sum(~mask))
+    assert 10 < frozen < 60
     actual = run(config)["cautious momentum"].points
     np.testing.assert_allclose(actual, points, rtol=1e-3, atol=1e-5)
 
@@ -57,47 +57,47 @@ def test_cautious_momentum_matches_the_rule_of_the_paper() -> None:
     scope="module", params=[(1.0, 1.0), (-0.7, 1.3), (1.5, -0.5), (0.6, 0.6)]
 )
 def runs(request: pytest.FixtureRequest) -> dict[str, Run]:
-    """The runs at the default learning rate and momentum, from several starts."""
+    """Run at the default learning rate and momentum, from several starting points."""
     return run(Config(start=request.param))
 
 
 def test_only_plain_momentum_raises_the_loss(runs: dict[str, Run]) -> None:
-    """The promise on the loss."""
+    """Check the guarantee on the loss."""
     assert rises(runs["momentum"].losses) > 10
     assert rises(runs["cautious momentum"].losses) == 0
     assert rises(runs["gradient descent"].losses) == 0
 
 
 def test_no_method_raises_the_hamiltonian(runs: dict[str, Run]) -> None:
-    """The promise on the Hamiltonian, whose kinetic part is there to be seen."""
+    """Check the guarantee on the Hamiltonian, and that its kinetic part is nonzero."""
     for name, r in runs.items():
         assert rises(r.hamiltonians) == 0, name
     cautious = runs["cautious momentum"]
     assert np.all(cautious.hamiltonians[1:] > cautious.losses[1:])
 
 
-def test_cautious_momentum_gets_furthest(runs: dict[str, Run]) -> None:
-    """The resting of the steep coordinate speeds up the flat one."""
+def test_cautious_momentum_reaches_the_lowest_loss(runs: dict[str, Run]) -> None:
+    """Check that freezing the steep coordinate speeds up the flat one."""
     final = {name: r.losses[-1] for name, r in runs.items()}
     assert final["cautious momentum"] < 1e-2 * final["momentum"]
     assert final["momentum"] < 1e-2 * final["gradient descent"]
 
 
-def test_a_large_learning_rate_breaks_both_promises() -> None:
-    """The counts are no constants: the promises are those of small steps."""
+def test_a_large_learning_rate_breaks_both_guarantees() -> None:
+    """Check that the guarantees, which hold for small steps, can fail."""
     cautious = run(Config(learning_rate=0.02))["cautious momentum"]
     assert rises(cautious.losses) > 0
     assert rises(cautious.hamiltonians) > 0
 
 
-def test_rises_counts_steps_up_and_steps_to_nan() -> None:
-    """A diverged run is not one that never rose."""
+def test_rises_counts_increases_and_steps_to_nan() -> None:
+    """Check that a diverged run counts as increasing."""
     assert rises(np.array([3.0, 2.0, 2.0, 2.5, 1.0, 4.0])) == 2
     assert rises(np.array([1.0, np.nan, np.nan])) == 2
 
 
 def test_table_counts_steps_from_the_start() -> None:
-    """Index t of the losses is the loss after t steps; "-" stands for never."""
+    """Check that losses[t] is the loss after t steps, and "-" means never."""
     points = np.zeros((4, 2))
     fast = Run(points, np.array([4.0, 5.0, 4e-6, 1e-6]), np.array([4.0, 5.0, 6.0, 1.0]))
     slow = Run(points, np.array([4.0, 3.0, 2.0, 1.0]), np.array([4.0, 3.0, 2.0, 1.0]))
@@ -107,7 +107,7 @@ def test_table_counts_steps_from_the_start() -> None:
 
 
 def test_one_command_prints_the_table_and_writes_the_figure(tmp_path: Path) -> None:
-    """The directory of the figure need not exist."""
+    """Check the output, and that the directory of the figure is created."""
     output = tmp_path / "new" / "folder" / "figure.png"
     process = subprocess.run(
         [sys.executable, "-m", "examples.quadratic", "--output", str(output)],
@@ -131,7 +131,7 @@ def test_one_command_prints_the_table_and_writes_the_figure(tmp_path: Path) -> N
 def test_the_command_line_reaches_the_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every option changes the table as it changes `run`."""
+    """Check that every option reaches `run`."""
     options = (
         "--condition 20 --learning-rate 0.004 --momentum 0.8 --steps 70 --start 2 -3"
     )
@@ -142,8 +142,8 @@ def test_the_command_line_reaches_the_runs(
     assert output.exists()
 
 
-def test_a_diverged_run_still_draws(tmp_path: Path) -> None:
-    """What a far too large learning rate does is worth seeing too."""
+def test_a_diverged_run_is_plotted(tmp_path: Path) -> None:
+    """Check that a far too large learning rate still produces a figure."""
     output = tmp_path / "figure.png"
     main(["--learning-rate", "1", "--output", str(output)])
     assert output.exists()
@@ -165,13 +165,13 @@ def test_a_diverged_run_still_draws(tmp_path: Path) -> None:
         ("start", ["1", "nan"]),
     ],
 )
-def test_a_bad_argument_is_named(
+def test_an_invalid_argument_is_reported(
     option: str,
     values: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The command stops before it writes, and says which argument and why."""
+    """Check that the command names the argument and exits before it writes."""
     output = tmp_path / "figure.png"
     with pytest.raises(SystemExit) as stop:
         main([f"--{option}", *values, "--output", str(output)])

@@ -1,4 +1,4 @@
-"""The study: its files, its choice of settings, and the page made of them."""
+"""The study: its files, its tuning, and the page generated from them."""
 
 import shutil
 from dataclasses import replace
@@ -45,7 +45,7 @@ QUESTION = Question(
 
 
 def loss_of(run):
-    """AdamW and its variant are best at 0.002, the published rule at 0.004."""
+    """Return a loss that is lowest at 0.004 for the published rule, else at 0.002."""
     point = dict(run.point)
     rate = float(point["learning_rate"])
     if run.side == BASE:
@@ -56,7 +56,7 @@ def loss_of(run):
 
 
 def history(run, diverged_at=None):
-    loss = round(loss_of(run), 6)  # As many digits as a file has.
+    loss = round(loss_of(run), 6)  # The precision of the files.
     evaluations = (Evaluation(300, loss + 0.5, 0.625), Evaluation(600, loss, 0.5))
     seconds = (0.5 if run.side == CAUTIOUS else 0.4,)
     scores = {} if diverged_at else {"accuracy": round(loss / 10, 6)}
@@ -69,7 +69,7 @@ def answered(question=QUESTION):
     return [*tuning, *map(history, compared)]
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_records_round_trip(tmp_path):
     histories = answered()
     diverged = replace(
         history(histories[0].run._replace(seed=9), diverged_at=420),
@@ -80,7 +80,7 @@ def test_what_is_written_is_read(tmp_path):
     assert records.read(tmp_path / "absent.csv") == []
 
 
-def test_each_arm_is_compared_at_its_best_and_at_that_of_the_first():
+def test_each_arm_is_compared_at_its_own_and_at_the_first_arms_best_point():
     tuning = [history(run) for run in study_run.tuning_runs(QUESTION)]
     assert len(tuning) == 3 + 3 + 2
     assert {h.run.seed for h in tuning} == {TUNING_SEED}
@@ -101,7 +101,7 @@ def test_each_arm_is_compared_at_its_best_and_at_that_of_the_first():
     assert {(run.side, run.point) for run in runs} == own
 
 
-def test_a_run_has_the_settings_of_its_arm_and_of_its_point():
+def test_a_run_has_the_settings_of_its_arm_and_its_point():
     runs = study_run.tuning_runs(QUESTION)
     for run, config in runs.items():
         optimizer = config.optimizer
@@ -112,7 +112,7 @@ def test_a_run_has_the_settings_of_its_arm_and_of_its_point():
         assert config.task == QUESTION.config.task
 
 
-def test_an_arm_that_diverges_everywhere_is_said_to():
+def test_an_arm_that_diverges_everywhere_is_reported():
     histories = [
         replace(h, diverged_at=7, scores={}) if h.run.side == BASE else h
         for h in map(history, study_run.tuning_runs(QUESTION))
@@ -123,7 +123,7 @@ def test_an_arm_that_diverges_everywhere_is_said_to():
     assert "diverged at every point" in page.table(QUESTION, histories)
 
 
-def test_the_table_says_what_the_intervals_show():
+def test_the_table_shows_intervals_and_verdicts():
     lines = page.table(QUESTION, answered()).splitlines()
     base, drop_in, own, dropped, follow, follow_base = lines[2:]
     assert "| AdamW" in base
@@ -131,7 +131,7 @@ def test_the_table_says_what_the_intervals_show():
     assert "learning rate 0.002" in drop_in
     assert "+0.0000 (+0.0000 to +0.0000)" in drop_in
     assert "no difference seen" in drop_in
-    # Paired by seed, the published rule differs by the same with every seed.
+    # Paired by seed, the published rule differs by the same for every seed.
     assert "-0.2000 (-0.2000 to -0.2000)" in own
     assert "better" in own
     assert "worse" in dropped
@@ -153,7 +153,7 @@ def test_a_question_without_all_its_runs_is_not_answered(tmp_path):
     assert not outcomes.is_answered(QUESTION, histories[:-1])
 
 
-def test_a_best_point_at_the_edge_is_said():
+def test_best_points_on_the_grid_edge_are_reported():
     lines = outcomes.edges(QUESTION, answered())
     assert lines == [
         "The best learning rate for cautious AdamW, 0.004, is the largest that was "
@@ -164,12 +164,12 @@ def test_a_best_point_at_the_edge_is_said():
 
 def test_good_points_are_counted():
     base, cautious, _ = outcomes.robustness(QUESTION, answered())
-    # Of AdamW 3.1, 3.0 and 3.2; of the published rule 3.1, 3.0 and 2.8.
+    # AdamW: 3.1, 3.0 and 3.2; the published rule: 3.1, 3.0 and 2.8.
     assert base[1:] == (3.0, 1, 0, 3)
     assert cautious[1:] == (2.8, 1, 1, 3)
 
 
-def test_times_are_compared_of_runs_that_took_turns():
+def test_times_of_runs_that_took_turns_are_compared():
     cautious, follow = outcomes.time_ratios(QUESTION, answered())
     assert cautious[2:] == (1.25, 1.25, 1.25, 3)
     assert follow[2:] == (1.0, 1.0, 1.0, 2)
@@ -192,8 +192,8 @@ def test_runs_are_trained_once_and_kept_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(study_run, "read_history", lambda run, _: history(run))
     path = tmp_path / "a.csv"
     assert not study_run.answer(QUESTION, path, tmp_path)
-    assert len(records.read(path)) == 5  # Of three points, the last was stopped.
-    # Those of one point and seed take turns.
+    assert len(records.read(path)) == 5  # The last of three points was stopped.
+    # Runs with the same point and seed take turns.
     assert [len(runs) for runs in groups] == [2, 3, 3]
     stopping = False
     for directory in tmp_path.iterdir():
@@ -223,7 +223,7 @@ def test_a_question_can_be_planned(name):
 
 
 def test_a_page_of_answers_is_drawn(tmp_path, monkeypatch):
-    """Of made-up runs of every kind of section."""
+    """Every kind of section is drawn, from made-up runs."""
     two = replace(QUESTION, arms=QUESTION.arms[:2])
     questions = {"three": QUESTION, "score": replace(QUESTION, score="accuracy")}
     questions |= {name: two for name in SIZES[:2]}
@@ -237,7 +237,7 @@ def test_a_page_of_answers_is_drawn(tmp_path, monkeypatch):
     assert figures == {*questions, "sizes"}
     for title in ("In short", "Does it grow or shrink with size?", "In time, not"):
         assert f"## {title}" in text
-    # The same files make the same page and figures, to the byte.
+    # The same files result in a byte-identical page and figures.
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for path in tmp_path.glob("*.png"):
         path.unlink()

@@ -90,7 +90,7 @@ def cells(table, line):
 # Report
 
 
-def test_the_step_at_which_a_loss_is_reached():
+def test_first_step_at_a_loss():
     evaluations = history(4.0, 3.0, 3.5, 2.0).evaluations
     assert history_of.first_step_at(evaluations, 3.25) == 17.5
     assert history_of.first_step_at(evaluations, 3.0) == 20
@@ -127,11 +127,11 @@ def test_several_seeds(config):
     ]
     table = report.table(runs, METRICS)
     assert cells(table, 2)[2] == "3.1000 (3.0000 to 3.2000)"
-    # Each seed with its own: 20 / 15 and 20 / 10.
+    # Ratios are paired by seed: 20 / 15 and 20 / 10.
     assert cells(table, 3)[-1] == "1.67 (1.33 to 2.00)"
     (line,) = report.verdicts(runs)
     assert "at step 12 (10 to 15) of 20: a ratio of 1.67 (1.33 to 2.00)." in line
-    assert "seed 0, 1; of several seeds, the mean and the range" in (
+    assert "seeds 0, 1 (mean and range over the seeds)." in (
         report.text(runs, [config])
     )
 
@@ -146,8 +146,8 @@ def test_each_at_its_best():
     assert same.startswith("At learning rate 0.001, the best for AdamW: ")
     assert "at step 18 of 20: a ratio of 1.09" in same
     assert own.startswith(
-        "Each at its best on these seeds, learning rate 0.001 of 2 points and learning "
-        "rate 0.002 of 2 points: "
+        "Each at its best on these seeds, learning rate 0.001 (best of 2 points) and "
+        "learning rate 0.002 (best of 2 points): "
     )
     assert "validation loss of 4.0000 at step 17 of 20: a ratio of 1.17" in own
     assert len(report.verdicts(runs[:2])) == 1
@@ -167,27 +167,30 @@ def test_runs_that_diverged(config, tmp_path):
     assert cells(table, 5)[-1] == ""
     report.write(runs, [config], tmp_path)
     (line,) = report.verdicts([lost, runs[2]])
-    assert "no comparison, as AdamW diverged" in line
+    assert "no comparison, because at every point AdamW diverged" in line
     report.write([lost], [config], tmp_path)
 
 
-def test_an_optimizer_alone_is_compared_with_none():
+def test_an_optimizer_without_its_base_is_not_compared():
     runs = [history(4.0, 3.0, name="cautious_lion"), history(4.0, 3.0)]
     assert history_of.pairs(runs) == []
     assert report.verdicts(runs) == []
     assert cells(report.table(runs, METRICS), 2)[-1] == ""
 
 
-def test_the_picture_has_a_panel_more_for_several_learning_rates(tmp_path):
+def test_the_figure_has_another_panel_for_several_learning_rates(tmp_path):
     runs = [history(4.0, 3.0, rate=rate) for rate in (1e-3, 2e-3)]
     plots.plot(runs, tmp_path / "two.png")
     plots.plot(runs[:1], tmp_path / "one.png")
-    two, one = (Image.open(tmp_path / f"{n}.png") for n in ("two", "one"))
-    assert two.width > 1.5 * one.width
-    assert len(one.convert("RGB").getcolors(maxcolors=2**24) or ()) > 10
+    with (
+        Image.open(tmp_path / "two.png") as two,
+        Image.open(tmp_path / "one.png") as one,
+    ):
+        assert two.width > 1.5 * one.width
+        assert len(one.convert("RGB").getcolors(maxcolors=2**24) or ()) > 10
 
 
-def test_a_map_tells_what_was_not_run_from_what_diverged():
+def test_a_heat_map_distinguishes_missing_from_diverged_runs():
     points = [(("b1", b1), ("b2", b2)) for b1 in "12" for b2 in "34"]
     runs = [
         history(9.0, loss, point=point, diverged_at=lost)
@@ -201,7 +204,7 @@ def test_a_map_tells_what_was_not_run_from_what_diverged():
     assert shown == {(0, 0): "1.000", (0, 1): "2.000", (1, 0): "diverged"}
 
 
-def test_default_rates_of_two_optimizers_are_no_sweep():
+def test_default_rates_of_two_optimizers_are_not_a_sweep():
     runs = [
         history(4.0, 3.0, name=name, rate=rate, point=(("b1", b1), ("b2", b2)))
         for name, rate in (("adamw", 2e-3), ("lion", 5e-4))
@@ -215,7 +218,7 @@ def test_default_rates_of_two_optimizers_are_no_sweep():
     assert [name for name, _ in plots._swept([*runs, *more])] == ["b2", "b1"]
 
 
-def test_the_report_names_all_that_was_trained(config):
+def test_the_report_lists_all_sizes_and_steps(config):
     deeper = changed(config, model={"num_layers": 2}, steps=9)
     text = report.text([history(4.0, 3.0)], [config, deeper, config])
     assert re.match(r"[\d,]+ or [\d,]+ parameters, 6 or 9 steps of 8 x 32 tok", text)
@@ -254,7 +257,7 @@ def test_a_learning_rate_that_is_not_swept(config):
             assert run.point == (("learning_rate", rate),)
 
 
-def test_any_setting_is_swept_and_caution_s_with_caution_only(config):
+def test_any_setting_is_swept_and_those_of_caution_only_with_caution(config):
     sweep = compare.parse_sweep(
         ["b1=0.8,0.9", "--opposed-weight=0,0.5", "num_layers=1,2"]
     )
@@ -293,25 +296,25 @@ def test_values_of_several_parts_and_paths(config):
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        (["b1"], "sweep: cannot read 'b1'; write a setting and its values"),
-        (["b1="], "sweep: cannot read 'b1='"),
-        (["b1=0.8,0.8"], "sweep: b1 has a value twice"),
+        (["b1"], "sweep: cannot parse 'b1'; pass a setting and its values"),
+        (["b1="], "sweep: cannot parse 'b1='"),
+        (["b1=0.8,0.8"], "sweep: b1 repeats a value"),
         (["b1=0.8", "b1=0.9"], "sweep: b1 is given twice"),
-        (["seed=0,1"], "sweep: seed is not swept; give --seeds"),
-        (["optimizer=lion"], "sweep: optimizer is not swept; give --optimizers"),
-        (["caution=true"], "sweep: caution is not swept; each optimizer is trained"),
-        (["b3=0.8"], "b3: there is no such setting"),
-        (["b1=high"], "b1: cannot be 'high'"),
-        (["b1=2"], r"b1 is 2\.0: it has to be"),
-        (["neutral=hold,move"], "neutral: cannot be 'move'"),
+        (["seed=0,1"], "sweep: seed cannot be swept; use --seeds"),
+        (["optimizer=lion"], "sweep: optimizer cannot be swept; use --optimizers"),
+        (["caution=true"], "sweep: caution cannot be swept; each optimizer is trained"),
+        (["b3=0.8"], "b3 is not a setting"),
+        (["b1=high"], "b1: invalid value 'high'"),
+        (["b1=2"], r"b1 must be .*, got 2\.0"),
+        (["neutral=hold,move"], "neutral: invalid value 'move'"),
     ],
 )
-def test_a_sweep_that_cannot_be(sweep, message, config):
+def test_an_invalid_sweep_is_rejected(sweep, message, config):
     with pytest.raises(InputError, match=message):
         compare.plan(("adamw",), compare.parse_sweep(sweep), (0,), config)
 
 
-def test_the_interval_is_students_of_the_differences():
+def test_the_interval_is_students_t_of_the_differences():
     base, other = [3.0, 3.2, 3.1], [2.9, 3.0, 3.05]
     mean, low, high = history_of.paired_difference(base, other)
     differences = [o - b for o, b in zip(other, base)]
@@ -338,7 +341,7 @@ def test_verdicts_of_several_seeds_have_an_interval():
     assert line.endswith("The interval includes zero.")
 
 
-def test_two_swept_settings_are_maps_on_one_scale(tmp_path):
+def test_two_swept_settings_are_heat_maps_on_one_scale(tmp_path):
     runs = [
         history(
             9.0, loss + (name == "adamw"), name=name, rate=rate, point=(("b1", b1),)
@@ -352,7 +355,8 @@ def test_two_swept_settings_are_maps_on_one_scale(tmp_path):
         )
     ]
     plots.plot(runs, tmp_path / "map.png")
-    assert Image.open(tmp_path / "map.png").width > 2500
+    with Image.open(tmp_path / "map.png") as image:
+        assert image.width > 2500
     table = report.table(runs, METRICS)
     assert cells(table, 0)[:3] == ["learning rate", "b1", "optimizer"]
 
@@ -405,7 +409,7 @@ def test_compare_from_end_to_end(together, config, tmp_path, capsys):
         assert float(found[4]) == pytest.approx(ours.seconds_per_step, abs=1e-3)
         assert float(found[5]) == pytest.approx(ours.aligned_fraction, abs=1e-3)
 
-    # Once more: all is there, nothing is trained.
+    # Everything is finished, so nothing is trained again.
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*.jsonl")}
     run()
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -438,7 +442,7 @@ def test_the_report_needs_no_checkpoints(config, tmp_path, capsys):
     assert run() == text
 
 
-def test_one_that_diverges_ends_and_the_other_goes_on(config, tmp_path, capsys):
+def test_a_diverged_run_ends_and_the_other_continues(config, tmp_path, capsys):
     both = changed(config, optimizer={"max_grad_norm": None})
     runs = compare.plan(("sgd",), {"learning_rate": ["1e30"]}, (0,), both)
     runs = {
@@ -503,38 +507,38 @@ def test_the_best_models_are_shown_with_their_own_settings(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((("lion", "lion"), {}, (0,)), "optimizers: give each value once"),
-        ((("lion",), {}, (1, 1)), "seeds: give each value once"),
-        (((), {}, (0,)), "optimizers: give at least one"),
-        ((("lion",), {}, ()), "seeds: give at least one"),
-        ((("lion",), {"learning_rate": ["0"]}, (0,)), r"learning_rate is 0\.0"),
-        ((("lion",), {"learning_rate": ["nan"]}, (0,)), "learning_rate is nan"),
-        ((("lyon",), {}, (0,)), "optimizer is 'lyon': choose one of adamw"),
+        ((("lion", "lion"), {}, (0,)), "optimizers: pass each value only once"),
+        ((("lion",), {}, (1, 1)), "seeds: pass each value only once"),
+        (((), {}, (0,)), "optimizers: pass at least one"),
+        ((("lion",), {}, ()), "seeds: pass at least one"),
+        ((("lion",), {"learning_rate": ["0"]}, (0,)), r"must be positive, got 0\.0"),
+        ((("lion",), {"learning_rate": ["nan"]}, (0,)), "must be positive, got nan"),
+        ((("lyon",), {}, (0,)), "optimizer must be one of adamw, .*, got 'lyon'"),
         ((("sgd",), {}, (0,)), "learning_rate: there is no default for SGD"),
-        ((("lion",), {}, (-1,)), "seed is -1"),
+        ((("lion",), {}, (-1,)), "seed must be .*, got -1"),
     ],
 )
-def test_a_comparison_that_cannot_be(arguments, message, config):
+def test_an_invalid_comparison_is_rejected(arguments, message, config):
     with pytest.raises(InputError, match=message):
         compare.plan(*arguments, config)
 
 
-def test_a_directory_that_cannot_be_made(config, tmp_path):
+def test_a_directory_that_cannot_be_created(config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     inside = tmp_path / "file" / "inside"
     with pytest.raises(
-        InputError, match=r"output_dir: cannot make .*inside \(Not a dir"
+        InputError, match=r"output_dir: cannot create .*inside \(Not a dir"
     ):
         compare.compare(output_dir=inside, config=config)
 
 
-def test_a_run_with_other_settings_is_in_the_way(config, tmp_path):
+def test_a_run_with_different_settings_is_not_overwritten(config, tmp_path):
     runs = compare.plan(("lion",), {}, (0,), config)
     compare.run_all(runs, (), tmp_path, together=True)
     other = compare.plan(("lion",), {}, (0,), replace(config, eval_every=1))
-    with pytest.raises(InputError, match=r"other settings \(eval_every\)"):
+    with pytest.raises(InputError, match=r"different settings \(eval_every\)"):
         compare.run_all(other, (), tmp_path, together=True)
-    message = r"other settings \(eval_every\); choose another --output-dir$"
+    message = r"different settings \(eval_every\); choose another --output-dir\.$"
     with pytest.raises(InputError, match=message):
         compare.compare(
             ("lion",), output_dir=tmp_path, config=replace(config, eval_every=1)
@@ -544,20 +548,18 @@ def test_a_run_with_other_settings_is_in_the_way(config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizers": ("adamw", "sgd")}, "eps: sgd has no such setting"),
+        ({"optimizers": ("adamw", "sgd")}, "eps is not a setting of sgd"),
         ({"sweep": ("exempt=none,nothing",)}, "exempt: there is no parameter 'nothin"),
     ],
 )
-def test_what_only_some_runs_cannot_is_said_before_any(
-    options, message, config, tmp_path
-):
+def test_all_runs_are_checked_before_the_first(options, message, config, tmp_path):
     given = changed(config, optimizer={"eps": 1e-8, "learning_rate": 1e-3})
     with pytest.raises(InputError, match=f"^{message}"):
         compare.compare(output_dir=tmp_path, config=given, **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_begun_after_a_signal(config, tmp_path, monkeypatch, capsys):
+def test_no_run_starts_after_a_signal(config, tmp_path, monkeypatch, capsys):
     taken = []
 
     def signalled(*args, **options):
@@ -573,14 +575,14 @@ def test_nothing_is_begun_after_a_signal(config, tmp_path, monkeypatch, capsys):
     assert (begun.name, len(taken)) == ("adamw-learning_rate=0.002-b1=0.8-seed0", 1)
 
 
-def test_the_seed_and_from_are_taken(config, tmp_path, capsys):
+def test_the_seed_and_from_are_used(config, tmp_path, capsys):
     sweep = compare.parse_sweep(["from=a/b"])
     assert sweep == {"from_run": ["a/b"]}
     other = changed(config, seed=5, steps=2)
     other = changed(other, optimizer={"caution": False, "learning_rate": 1e-3})
     compare.compare(("lion",), output_dir=tmp_path, config=other)
     said = capsys.readouterr().out
-    assert said.startswith("Each optimizer is trained with caution and without it.")
+    assert said.startswith("Each optimizer is trained with and without caution.")
     assert (tmp_path / "cautious-lion-learning_rate=0.001-seed5").is_dir()
 
 
@@ -593,7 +595,7 @@ def test_runs_of_several_seeds_are_compiled_once(config, tmp_path, monkeypatch):
         return lower(engine, *arrays)
 
     monkeypatch.setattr(Engine, "lower", counting)
-    # A rate of its own, so that no other test has compiled it.
+    # A learning rate that no other test has compiled.
     config = changed(config, optimizer={"learning_rate": 1.2e-3})
     runs = compare.plan(("adamw",), {}, (0, 1), config)
     assert compare.run_all(runs, (), tmp_path, together=False)

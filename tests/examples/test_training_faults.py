@@ -1,4 +1,4 @@
-"""What comes across a training: typos, Ctrl-C, kills, and asking for more steps."""
+"""Interrupted training: typos, Ctrl-C, kills, and changes of the number of steps."""
 
 import errno
 import io
@@ -55,12 +55,12 @@ from tests.examples.training_fixtures import (
 )
 
 STEPS, MORE = 6, 12
-FALLS = 3
-"""Where the learning rate begins to fall in a run of ``STEPS`` that ends so."""
+DECAYS = 3
+"""Step after which the learning rate decays in the ``decaying`` run of ``STEPS``."""
 RATE = 0.1
 
 
-# What tensorstore's coroutines say when one of them has failed.
+# Raised by tensorstore's coroutines after one of them has failed.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -74,7 +74,7 @@ def compiled_once(little_optimization):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A run at a constant learning rate."""
+    """Return the configuration of a run at a constant learning rate."""
     documents = write_documents(tmp_path_factory.mktemp("documents"))
     data = DataConfig(
         data=(str(documents),),
@@ -83,7 +83,7 @@ def config(tmp_path_factory):
         batch_size=8,
         validation_batches=1,
     )
-    # What is compiled in little time.
+    # Compiles quickly.
     optimizer = OptimizerConfig(
         optimizer="sgd",
         caution=False,
@@ -105,8 +105,8 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def falling(config):
-    """A run whose learning rate falls at its end."""
+def decaying(config):
+    """Return the configuration of a run whose learning rate decays at its end."""
     return changed(
         config, optimizer={"schedule": "warmup-stable-decay", "decay_fraction": 0.5}
     )
@@ -114,29 +114,29 @@ def falling(config):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    """A run that is finished."""
+    """Return the directory of a finished run."""
     directory = tmp_path_factory.mktemp("runs") / "run"
     train(config, directory)
     return directory
 
 
 @pytest.fixture(scope="module")
-def fallen(falling, tmp_path_factory):
-    """A run that is finished, and whose learning rate has fallen."""
+def decayed(decaying, tmp_path_factory):
+    """Return the directory of a finished run whose learning rate has decayed."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    train(falling, directory)
+    train(decaying, directory)
     return directory
 
 
 @pytest.fixture(scope="module")
 def longer(config, tmp_path_factory):
-    """The log of twice as many steps in one go."""
+    """Return the log of an uninterrupted run with twice as many steps."""
     return train(replace(config, steps=MORE), tmp_path_factory.mktemp("longer"))
 
 
 @pytest.fixture(scope="module")
-def longer_falling(falling, tmp_path_factory):
-    return train(replace(falling, steps=MORE), tmp_path_factory.mktemp("longer"))
+def longer_decaying(decaying, tmp_path_factory):
+    return train(replace(decaying, steps=MORE), tmp_path_factory.mktemp("longer"))
 
 
 def names(directory):
@@ -154,7 +154,7 @@ def as_arguments(config, directory, run_dir):
 
 
 def save(directory, *states):
-    """Saves the states after the first steps, and a loss that falls."""
+    """Save the states of the first steps, with decreasing losses."""
     batches = iter(grain.MapDataset.range(9).to_iter_dataset())
     checkpoints = Checkpoints(directory / "checkpoints", 3)
     for step, state in enumerate(states, 1):
@@ -178,7 +178,7 @@ def fail(*_):
     raise RuntimeError("the compiler has run out of memory")
 
 
-def test_a_command_that_cannot_run_leaves_nothing(
+def test_a_command_that_cannot_run_leaves_no_files(
     config, tmp_path, monkeypatch, longer
 ):
     run_dir = tmp_path / "run"
@@ -188,9 +188,9 @@ def test_a_command_that_cannot_run_leaves_nothing(
         for name in ("typo", "short.txt")
     )
     wrong = {
-        "data: there is no .*typo": typo,
-        "data: one document only, of 10 characters": short,
-        "mesh: 3 x 3 x 1 are 9 devices": replace(config, mesh=(3, 3, 1)),
+        "data: .*typo does not exist": typo,
+        "data: only one document, of 10 characters": short,
+        "mesh: 3 x 3 x 1 needs 9 devices": replace(config, mesh=(3, 3, 1)),
     }
     for message, other in wrong.items():
         with pytest.raises(InputError, match=message):
@@ -205,8 +205,8 @@ def test_a_command_that_cannot_run_leaves_nothing(
     assert train(config, run_dir) == longer[:STEPS]
 
 
-def test_a_run_killed_before_its_first_step_is_begun_anew(config, longer, tmp_path):
-    """With other settings, too, and although nobody has taken away its lock."""
+def test_a_run_killed_before_its_first_step_starts_over(config, longer, tmp_path):
+    """The settings may differ, and the lock file of the killed run remains."""
     run_dir = tmp_path / "run"
     other = changed(config, optimizer={"learning_rate": 0.2}, steps=MORE)
     kill = "os.rename", "metrics.partial", 1, int(signal.SIGKILL)
@@ -217,7 +217,7 @@ def test_a_run_killed_before_its_first_step_is_begun_anew(config, longer, tmp_pa
     assert "run.lock" not in names(run_dir)
 
 
-def test_a_second_program_is_kept_out(config, longer, tmp_path):
+def test_a_second_program_is_locked_out(config, longer, tmp_path):
     run_dir = tmp_path / "run"
     first = training(config, run_dir)
     records = next(first)
@@ -231,7 +231,7 @@ def test_a_second_program_is_kept_out(config, longer, tmp_path):
     assert [r["loss"] for r in records] == [r["loss"] for r in longer[:STEPS]]
 
 
-def test_a_second_program_is_kept_out_before_the_first_step(
+def test_a_second_program_is_locked_out_before_the_first_step(
     config, tmp_path, monkeypatch
 ):
     run_dir = tmp_path / "run"
@@ -250,8 +250,8 @@ def test_a_second_program_is_kept_out_before_the_first_step(
     assert not run_dir.exists()
 
 
-def test_what_says_that_a_run_is_there_is_removed_last(config, tmp_path, monkeypatch):
-    """So that one who is killed meanwhile leaves a run, and no strange files."""
+def test_the_configuration_is_removed_last(config, tmp_path, monkeypatch):
+    """If killed meanwhile, the program leaves a run and not foreign files."""
     removed = []
 
     def recorded(path, *arguments, **options):
@@ -272,7 +272,7 @@ def test_what_says_that_a_run_is_there_is_removed_last(config, tmp_path, monkeyp
 
 
 def before(function, *others):
-    """Does something else before each call of a function."""
+    """Return a function that calls others before each call of a function."""
 
     def both(*arguments):
         for other in others:
@@ -285,7 +285,7 @@ def before(function, *others):
 @pytest.mark.parametrize(
     ("owner", "name"), [(loop, "load_run_data"), (Engine, "compile")]
 )
-def test_ctrl_c_before_the_first_step_waits_for_it(
+def test_ctrl_c_before_the_first_step_waits_for_the_step(
     owner, name, config, longer, tmp_path, monkeypatch, capfd
 ):
     run_dir = tmp_path / "run"
@@ -294,7 +294,7 @@ def test_ctrl_c_before_the_first_step_waits_for_it(
         patch.setattr(owner, name, before(getattr(owner, name), interrupt))
         run_command("train", arguments)
     said = capfd.readouterr()
-    assert "Ctrl-C once more ends at once" in said.err
+    assert "press Ctrl-C again to exit" in said.err
     assert "Stopped: step 1 is saved. Run the same command to resume." in said.out
     assert steps_in(run_dir / "checkpoints") == [1]
     run_command("train", arguments)
@@ -304,7 +304,7 @@ def test_ctrl_c_before_the_first_step_waits_for_it(
 @pytest.mark.parametrize(
     ("owner", "name"), [(loop, "load_run_data"), (Engine, "compile")]
 )
-def test_ctrl_c_twice_before_the_first_step_leaves_nothing(
+def test_ctrl_c_twice_before_the_first_step_leaves_no_files(
     owner, name, config, tmp_path, monkeypatch, capfd
 ):
     run_dir = tmp_path / "run"
@@ -331,7 +331,7 @@ runpy.run_module("examples.llama", run_name="__main__", alter_sys=True)
 """
 
 
-def test_ctrl_c_twice_ends_at_once(config, longer, tmp_path):
+def test_ctrl_c_twice_exits_immediately(config, longer, tmp_path):
     run_dir = tmp_path / "run"
     command = Command(config, tmp_path)
     code, output = command.run(run_dir, program=("-c", _INTERRUPTED_TWICE))
@@ -340,11 +340,11 @@ def test_ctrl_c_twice_ends_at_once(config, longer, tmp_path):
     for word in ("Traceback", "Exception ignored", "Error"):
         assert word not in output
     assert read_log(run_dir) == longer[:2]
-    # What was written before the first checkpoint is made again.
+    # Steps logged before the first checkpoint are repeated.
     assert train(config, run_dir) == longer[:STEPS]
 
 
-def test_ctrl_c_is_asked_for_after_each_step_and_then_as_before(capfd):
+def test_ctrl_c_stops_after_a_step_and_its_handlers_are_restored(capfd):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with preemption() as stop:
         assert not stop(1)
@@ -356,8 +356,8 @@ def test_ctrl_c_is_asked_for_after_each_step_and_then_as_before(capfd):
     assert "Stopping after this step" in capfd.readouterr().err
 
 
-def test_ctrl_c_also_ends_what_reads_the_output(monkeypatch):
-    """As in ``| tee``: what is written then fails, and the run is to be saved."""
+def test_ctrl_c_may_also_end_the_reader_of_the_output(monkeypatch):
+    """As in ``| tee``: later writes fail, but the run must still be saved."""
     reading, writing = os.pipe()
     os.close(reading)
     kept = os.dup(2)
@@ -373,8 +373,8 @@ def test_ctrl_c_also_ends_what_reads_the_output(monkeypatch):
             os.close(kept)
 
 
-def test_ctrl_c_twice_while_a_step_is_shown(config, tmp_path, monkeypatch):
-    """The run's directory is free when the command is over."""
+def test_ctrl_c_twice_while_progress_is_shown(config, tmp_path, monkeypatch):
+    """The command releases the run's directory."""
     run_dir = tmp_path / "run"
     progress = before(module_of_train.progress, interrupt_twice)
     monkeypatch.setattr(module_of_train, "progress", progress)
@@ -388,19 +388,19 @@ def test_ctrl_c_twice_while_a_step_is_shown(config, tmp_path, monkeypatch):
 # More steps
 
 
-def test_a_cosine_cannot_be_made_longer(config, run, tmp_path):
+def test_a_cosine_schedule_cannot_be_extended(config, run, tmp_path):
     run_dir = shutil.copytree(run, tmp_path / "run")
     cosine = changed(config, optimizer={"schedule": "cosine"})
     file = run_dir / "config.json"
     file.write_text(to_json(cosine))
-    message = rf"^steps: .* for {STEPS} steps, .*\(cosine\) .*: --from {run_dir} --run-"
+    message = rf"^steps: .*\(cosine\) .* ends at {STEPS} .*: --from {run_dir} --run-dir"
     for steps in (STEPS - 1, MORE):
         with pytest.raises(InputError, match=message):
             next(training(replace(cosine, steps=steps), run_dir))
     assert file.read_text() == to_json(cosine)
 
 
-def test_a_constant_rate_goes_on(config, run, longer, tmp_path):
+def test_a_run_at_a_constant_rate_is_extended(config, run, longer, tmp_path):
     run_dir = shutil.copytree(run, tmp_path / "run")
     assert read_log(run_dir) == longer[:STEPS]
     assert train(replace(config, steps=MORE), run_dir) == longer
@@ -408,22 +408,22 @@ def test_a_constant_rate_goes_on(config, run, longer, tmp_path):
     assert "decayed_checkpoints" not in names(run_dir)
 
 
-def test_a_rate_that_has_fallen_goes_on_from_before(
-    falling, fallen, longer_falling, tmp_path, capsys
+def test_a_decayed_run_is_extended_from_before_the_decay(
+    decaying, decayed, longer_decaying, tmp_path, capsys
 ):
-    run_dir = shutil.copytree(fallen, tmp_path / "run")
-    assert steps_in(run_dir / "checkpoints") == [FALLS, STEPS]
+    run_dir = shutil.copytree(decayed, tmp_path / "run")
+    assert steps_in(run_dir / "checkpoints") == [DECAYS, STEPS]
     rates = [r["learning_rate"] for r in read_log(run_dir)]
-    assert rates[: FALLS + 1] == [pytest.approx(RATE)] * (FALLS + 1)
+    assert rates[: DECAYS + 1] == [pytest.approx(RATE)] * (DECAYS + 1)
     assert rates[-1] < 0.6 * RATE
-    assert train(replace(falling, steps=MORE), run_dir) == longer_falling
-    assert read_log(run_dir) == longer_falling
+    assert train(replace(decaying, steps=MORE), run_dir) == longer_decaying
+    assert read_log(run_dir) == longer_decaying
     assert steps_in(run_dir / "decayed_checkpoints") == [STEPS]
-    assert f"step {STEPS} is moved to {run_dir}/decayed_che" in capsys.readouterr().out
+    assert f"step {STEPS} to {run_dir}/decayed_checkpoints/" in capsys.readouterr().out
 
 
 class Killed(BaseException):
-    """Raised where a program is killed."""
+    """Raised in place of killing the program."""
 
 
 def kill(*_):
@@ -434,31 +434,31 @@ def kill(*_):
     ("owner", "name"),
     [(run_dir.shutil, "move"), (run_dir, "_write_whole"), (Checkpoints, "restore")],
 )
-def test_a_run_killed_when_it_is_made_longer(
-    owner, name, falling, fallen, longer_falling, tmp_path, monkeypatch
+def test_a_run_killed_while_it_is_extended(
+    owner, name, decaying, decayed, longer_decaying, tmp_path, monkeypatch
 ):
-    run_dir = shutil.copytree(fallen, tmp_path / "run")
-    more = replace(falling, steps=MORE)
+    run_dir = shutil.copytree(decayed, tmp_path / "run")
+    more = replace(decaying, steps=MORE)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, kill)
         with pytest.raises(Killed):
             train(more, run_dir)
-    assert train(more, run_dir) == longer_falling
-    assert read_log(run_dir) == longer_falling
+    assert train(more, run_dir) == longer_decaying
+    assert read_log(run_dir) == longer_decaying
 
 
-def test_a_run_is_made_shorter(falling, fallen, longer_falling, tmp_path):
-    """The shorter of the two schedules says what both share."""
+def test_a_run_is_shortened(decaying, decayed, longer_decaying, tmp_path):
+    """The shorter of the two schedules determines the shared steps."""
     run_dir = tmp_path / "run"
-    more = replace(falling, steps=MORE, keep=5)
-    # The rate has not fallen by then, and has in the shorter run.
-    train(more, run_dir, stop=lambda step: step == FALLS + 2)
-    assert train(falling, run_dir) == read_log(fallen)
-    assert steps_in(run_dir / "decayed_checkpoints") == [FALLS + 1, FALLS + 2]
+    more = replace(decaying, steps=MORE, keep=5)
+    # By then the rate has decayed in the shorter run only.
+    train(more, run_dir, stop=lambda step: step == DECAYS + 2)
+    assert train(decaying, run_dir) == read_log(decayed)
+    assert steps_in(run_dir / "decayed_checkpoints") == [DECAYS + 1, DECAYS + 2]
 
 
-def test_a_validation_loss_of_a_step_that_is_taken_again_is_forgotten(tmp_path):
-    """The best of the checkpoints is not judged by the loss of another state."""
+def test_the_validation_loss_of_a_repeated_step_is_forgotten(tmp_path):
+    """The best checkpoint is not chosen by the loss of another state."""
     batches = iter(grain.MapDataset.range(9).to_iter_dataset())
     state = TrainState({"w": jnp.zeros(8)}, ())
     save(tmp_path, state, state)
@@ -474,38 +474,38 @@ def test_a_validation_loss_of_a_step_that_is_taken_again_is_forgotten(tmp_path):
     assert steps_in(tmp_path / "checkpoints") == [2, 4]
 
 
-def test_fewer_steps_than_were_taken(config, falling, run, fallen):
-    for settings, directory in ((config, run), (falling, fallen)):
+def test_fewer_steps_than_were_taken(config, decaying, run, decayed):
+    for settings, directory in ((config, run), (decaying, decayed)):
         with pytest.raises(
-            InputError, match=rf"^steps: the run in .* has taken {STEPS} steps already"
+            InputError, match=rf"^steps: the run in .* has already taken {STEPS} steps"
         ):
             next(training(replace(settings, steps=STEPS - 1), directory))
-    assert steps_in(fallen / "checkpoints") == [FALLS, STEPS]
+    assert steps_in(decayed / "checkpoints") == [DECAYS, STEPS]
 
 
-def test_as_many_steps_as_were_taken_are_not_the_whole_run(falling, tmp_path):
-    """Its learning rate has not fallen, and its last step was not validated."""
+def test_a_run_cannot_be_shortened_to_the_steps_taken(decaying, tmp_path):
+    """Its learning rate has not decayed, and its last step was not evaluated."""
     run_dir = tmp_path / "run"
-    train(falling, run_dir, stop=lambda step: step == FALLS - 2)
-    message = r"^steps: the run in .* has taken 1 steps already; give more$"
+    train(decaying, run_dir, stop=lambda step: step == DECAYS - 2)
+    message = r"^steps: the run in .* has already taken 1 steps; pass more\.$"
     with pytest.raises(InputError, match=message):
-        next(training(replace(falling, steps=1), run_dir))
+        next(training(replace(decaying, steps=1), run_dir))
 
 
-def test_no_checkpoint_from_before_the_rate_fell(falling, fallen, tmp_path):
-    run_dir = shutil.copytree(fallen, tmp_path / "run")
-    shutil.rmtree(run_dir / "checkpoints" / str(FALLS))
-    message = rf"^steps: .* the first {FALLS} with .* no checkpoint of those; choose"
+def test_no_checkpoint_from_before_the_decay(decaying, decayed, tmp_path):
+    run_dir = shutil.copytree(decayed, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints" / str(DECAYS))
+    message = rf"^steps: .* the first {DECAYS} with .* no checkpoint of those; choose"
     with pytest.raises(InputError, match=message):
-        next(training(replace(falling, steps=MORE), run_dir))
+        next(training(replace(decaying, steps=MORE), run_dir))
     assert steps_in(run_dir / "checkpoints") == [STEPS]
 
 
-def test_a_warm_up_that_would_be_longer_than_the_run(config, tmp_path, run):
+def test_a_warm_up_that_would_exceed_the_steps_taken(config, tmp_path, run):
     run_dir = shutil.copytree(run, tmp_path / "run")
     warm = changed(config, optimizer={"warmup_fraction": 0.5})
     (run_dir / "config.json").write_text(to_json(warm))
-    message = rf"^steps: with 100 .* would take 50, .* that of step {STEPS}; give fewer"
+    message = rf"^steps: with 100 .* would take 50, .* that of step {STEPS}; pass fewer"
     with pytest.raises(InputError, match=message):
         next(training(replace(warm, steps=100), run_dir))
 
@@ -515,7 +515,7 @@ def test_a_warm_up_that_would_be_longer_than_the_run(config, tmp_path, run):
 
 @pytest.fixture(scope="module")
 def begun(config, run):
-    """A run that begins with the weights of another."""
+    """Return the configuration of a run that starts from another's weights."""
     return replace(config, from_run=run, steps=2)
 
 
@@ -524,7 +524,7 @@ def begun_log(begun, tmp_path_factory):
     return train(begun, tmp_path_factory.mktemp("begun") / "run")
 
 
-def test_a_run_begins_with_the_weights_of_another(begun, begun_log, run):
+def test_a_run_starts_from_the_weights_of_another(begun, begun_log, run):
     params = load_trained(Source(run), LlamaTask).params
     batch = next(iter(loop.load_run_data(begun).train))
     expected = float(begun.task.loss(params, batch))
@@ -536,13 +536,13 @@ def test_a_run_begins_with_the_weights_of_another(begun, begun_log, run):
     jax.tree.map(np.testing.assert_array_equal, new.opt_state, other.opt_state)
 
 
-def test_it_goes_on_where_the_other_is_gone(begun, begun_log, run, tmp_path):
+def test_it_resumes_when_the_other_run_is_gone(begun, begun_log, run, tmp_path):
     run_dir, gone = tmp_path / "run", run.with_name("gone")
     train(begun, run_dir, stop=lambda step: step == 1)
     run.rename(gone)
     try:
         assert train(begun, run_dir) == begun_log
-        with pytest.raises(InputError, match=r"^from: .*run holds neither checkp"):
+        with pytest.raises(InputError, match=r"^from: .*run contains neither che"):
             next(training(begun, tmp_path / "new"))
     finally:
         gone.rename(run)
@@ -554,7 +554,7 @@ def test_it_goes_on_where_the_other_is_gone(begun, begun_log, run, tmp_path):
 )
 def test_the_weights_of_another_model(model, begun, tmp_path):
     other = changed(begun, model=model)
-    with pytest.raises(InputError, match=r"^from: the run in .* is of another model: "):
+    with pytest.raises(InputError, match=r"^from: the run in .* has a different model"):
         next(training(other, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -566,21 +566,21 @@ def test_the_weights_of_a_model_with_other_parts(tmp_path):
     np.testing.assert_array_equal(load_params(tmp_path, like)["v"], array)
     others = {"w": array}, {"w": array, "x": array}, {"w": {"x": array}, "v": array}
     for other, name in zip(others, ("v", "v", "w")):
-        message = rf"^from: .* another model: its {name} is \(8,\), and .* is missing$"
+        message = rf"^from: .* in which {name} is \(8,\); here it is missing\.$"
         with pytest.raises(InputError, match=message):
             load_params(tmp_path, other)
-    message = r"^from: .* another model: its x is missing, and here it is \(8,\)$"
+    message = r"^from: .* in which x is missing; here it is \(8,\)\.$"
     with pytest.raises(InputError, match=message):
         load_params(tmp_path, {**like, "x": array})
 
 
 def test_the_weights_of_another_tokenizer(begun, run, tmp_path):
-    """The rows of the embedding would mean other tokens."""
+    """The rows of the embedding would stand for other tokens."""
     other = tmp_path / "other"
     shutil.copytree(begun.task.data.data[0], other)
     (other / "more.txt").write_text("quite different words, and many of them " * 30)
     elsewhere = changed(begun, data={"data": (str(other),)})
-    message = rf"^from: .* another tokenizer.json .*; give --tokenizer ({run}/.*json)$"
+    message = rf"^from: .* a different tokenizer.json; pass --tokenizer {run}/.*json\.$"
     with pytest.raises(InputError, match=message):
         next(training(elsewhere, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -596,14 +596,14 @@ def test_weights_that_are_damaged(name, begun, run, tmp_path):
         next(training(replace(begun, from_run=damaged), tmp_path / "run"))
 
 
-# What the program says
+# Output of the program
 
 
-def test_a_run_is_finished_and_was_finished_before(begun, tmp_path, capsys):
-    """Also where all steps are taken before the log is written."""
+def test_a_run_is_finished_and_was_already_finished(begun, tmp_path, capsys):
+    """Even if all steps are taken before the first log write."""
     run_dir = tmp_path / "run"
     arguments = as_arguments(begun, tmp_path, run_dir)
-    for over in ("is finished", "was finished before"):
+    for over in ("is finished", "was already finished"):
         run_command("train", arguments)
         last = capsys.readouterr().out.splitlines()[-1]
         loss = f"{read_log(run_dir)[-1]['validation_loss']:.4f}"
@@ -611,21 +611,21 @@ def test_a_run_is_finished_and_was_finished_before(begun, tmp_path, capsys):
         assert last.endswith(f", in {run_dir}")
 
 
-def test_a_run_killed_in_its_last_save_is_finished_now(
-    falling, fallen, tmp_path, capsys
+def test_a_run_killed_in_its_last_save_is_then_finished(
+    decaying, decayed, tmp_path, capsys
 ):
-    run_dir = shutil.copytree(fallen, tmp_path / "run")
+    run_dir = shutil.copytree(decayed, tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints" / str(STEPS))
-    run_command("train", as_arguments(falling, tmp_path, run_dir))
+    run_command("train", as_arguments(decaying, tmp_path, run_dir))
     assert "The run is finished: step      6" in capsys.readouterr().out
-    assert read_log(run_dir) == read_log(fallen)
+    assert read_log(run_dir) == read_log(decayed)
 
 
-def test_a_high_learning_rate_is_said_at_the_start(config, run, tmp_path, capsys):
+def test_a_high_learning_rate_is_reported_at_the_start(config, run, tmp_path, capsys):
     for rate, high in ((0.3, False), (10.0, True)):
         optimizer = {"optimizer": "adamw", "learning_rate": rate}
         hot = changed(config, optimizer=optimizer)
-        # It is said before anything is looked at.
+        # The warning comes before any other check.
         with pytest.raises(SystemExit):
             run_command("train", as_arguments(hot, tmp_path, run))
         said = capsys.readouterr().out
@@ -666,7 +666,7 @@ def test_sizes(size, text):
     assert human_size(size) == text
 
 
-def test_a_full_disk_is_said_once(monkeypatch, capsys):
+def test_a_full_disk_is_reported_once(monkeypatch, capsys):
     errors = []
     monkeypatch.setattr(
         threading, "excepthook", lambda args: errors.append(args.exc_value)
@@ -688,7 +688,7 @@ def test_a_full_disk_is_said_once(monkeypatch, capsys):
             thread.join()
         wrap()
 
-    with pytest.raises(SystemExit, match=r"^error: there is no space left on the disk"):
+    with pytest.raises(SystemExit, match=r"^error: no space left on the disk"):
         command_line._or_exit(run)
     assert [str(error) for error in errors] == ["the compiler has run out of memory"]
     assert capsys.readouterr().err == ""
@@ -697,9 +697,9 @@ def test_a_full_disk_is_said_once(monkeypatch, capsys):
 # Traces
 
 
-def test_fewer_than_no_steps_cannot_be_traced(config, tmp_path):
+def test_a_negative_number_of_steps_cannot_be_traced(config, tmp_path):
     arguments = as_arguments(config, tmp_path, tmp_path / "run")
-    with pytest.raises(SystemExit, match=r"^error: profile is -1: it has to be at lea"):
+    with pytest.raises(SystemExit, match=r"^error: profile must be at least 0, got -1"):
         run_command("train", [*arguments, "--profile", "-1"])
 
 

@@ -32,7 +32,7 @@ NAMES = [c + name for name in OPTIMIZERS for c in ("", "cautious_")]
 
 
 def make_optimizer(config, steps):
-    """Makes the optimizer for parameters that stack blocks."""
+    """Build the optimizer for parameters that stack blocks."""
     schedule = make_schedule(config, config.learning_rate, steps)
     return optimizers.make_optimizer(
         config, schedule, ["blocks"], LlamaTask.not_decayed
@@ -41,7 +41,7 @@ def make_optimizer(config, steps):
 
 # Layers
 
-# As the parameters of a model of two layers, but fewer and smaller.
+# Like the parameters of a model of two layers, but fewer and smaller.
 PARAMS = {
     "blocks": {
         "query": {"kernel": jax.random.normal(jax.random.key(0), (2, 8, 6))},
@@ -60,7 +60,7 @@ GRADIENTS = jax.tree.map(
     lambda leaf: jax.random.normal(jax.random.key(leaf.size), (STEPS, *leaf.shape)),
     PARAMS,
 )
-# Of tokens that are not in a batch, the gradient is zero.
+# The gradient is zero for tokens that are not in the batch.
 GRADIENTS["embedding"]["embedding"] = (
     GRADIENTS["embedding"]["embedding"].at[:, :3].set(0.0).at[1:, 3:5].set(0.0)
 )
@@ -80,7 +80,7 @@ LIKE_ONE_LEAF = {"adamw", "cautious_muon", "cautious_adamw of trees"}
 
 @partial(jax.jit, static_argnums=0)
 def descend(tx, params, gradients):
-    """Applies the updates of stacked gradients, and returns both."""
+    """Apply the updates of stacked gradients; return the parameters and updates."""
 
     def one(carry, grads):
         params, state = carry
@@ -102,12 +102,12 @@ def layer(tree, i, axis=0):
 
 
 def as_list(tree, axis=0):
-    """Takes the stack of layers apart."""
+    """Unstack the layers into a list."""
     return {**tree, "blocks": [layer(tree["blocks"], i, axis) for i in range(2)]}
 
 
 @pytest.mark.parametrize("name", LAYERWISE)
-def test_each_layer_is_optimized_for_itself(name):
+def test_each_layer_is_optimized_separately(name):
     tx = LAYERWISE[name]
     params, updates = descend(per_layer({"blocks": tx}, tx), PARAMS, GRADIENTS)
     for i in range(2):
@@ -156,7 +156,7 @@ BETAS = {"b1": 0.8, "b2": 0.5, "eps": 1e-3}
 
 
 def constructed(name, schedule, **options):
-    """Makes an optimizer as one does without the program."""
+    """Build an optimizer directly, without the training program."""
     match name:
         case "adamw":
             return optax.adamw(schedule, **options)
@@ -164,7 +164,7 @@ def constructed(name, schedule, **options):
             return optax_cautious.cautious_adamw(schedule, **options)
         case "cautious_lion":
             return optax_cautious.cautious_lion(schedule, **options)
-        case "cautious_nadamw":  # In which decay would be masked.
+        case "cautious_nadamw":  # Its own decay would be masked.
             own = {k: options.pop(k) for k in ("b1", "b2", "eps") if k in options}
             base = optax.nadamw(schedule, weight_decay=0.0, **own)
             assert options.pop("weight_decay") == 0.0
@@ -191,8 +191,8 @@ def constructed(name, schedule, **options):
         ("cautious_nadamw", {"alignment": "leaf"}),
     ],
 )
-def test_an_optimizer_is_that_of_its_package(name, options):
-    """Behind the clipping, with the schedule, and with decay of the matrices."""
+def test_an_optimizer_matches_its_package(name, options):
+    """With clipping, the schedule, and decay of the matrices."""
     options = {"weight_decay": 0.0, **options}
     config = OptimizerConfig(
         **named(name), learning_rate=1e-2, max_grad_norm=0.5, **options
@@ -238,7 +238,7 @@ def test_decay_is_never_masked(name):
 
 @pytest.mark.parametrize("name", ["adamw", "cautious_adamw"])
 def test_cautious_decay_decays_along_the_update(name):
-    """Without caution, too: it compares the update with the weight."""
+    """It compares the update with the weight, with and without caution."""
     config = OptimizerConfig(
         **named(name),
         learning_rate=1.0,
@@ -302,8 +302,8 @@ def all_updates(**options):
 
 
 @pytest.mark.parametrize("name", ["cautious_adamw", "cautious_nadamw", "cautious_muon"])
-def test_an_embedding_that_is_exempt_is_the_optimizers_without_caution(name):
-    """Of Muon, everything outside the blocks is AdamW's."""
+def test_an_exempt_embedding_is_updated_without_caution(name):
+    """With Muon, AdamW updates everything outside the blocks."""
     exempt = all_updates(**named(name), exempt=("embedding",))
     plain = all_updates(**named(name) | {"caution": False})
     cautious = all_updates(**named(name))
@@ -335,7 +335,7 @@ def test_all_layers_may_be_exempt(name):
         ),
     ],
 )
-def test_settings_go_by_the_optimizers_own_names(name, theirs):
+def test_settings_map_to_the_optimizers_own_names(name, theirs):
     config = OptimizerConfig(
         **named(name),
         learning_rate=1.0,
@@ -351,7 +351,7 @@ def test_settings_go_by_the_optimizers_own_names(name, theirs):
     close(layer(params["blocks"], 0), expected, rtol=1e-3)
 
 
-def test_muon_masks_its_momentum_in_the_layers_alone():
+def test_muon_masks_its_momentum_only_in_the_layers():
     config = OptimizerConfig(
         **named("cautious_muon"),
         caution_on="momentum",
@@ -380,10 +380,10 @@ def test_muon_masks_its_momentum_in_the_layers_alone():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_has_something_to_be_cautious_about(name):
-    """And one state, with caution and without, whatever is exempt."""
+def test_caution_changes_every_optimizer(name):
+    """Its state is the same with and without caution, whatever is exempt."""
     grads = jax.tree.map(jnp.ones_like, PARAMS)
-    # The momentum of the first gradients outweighs the last.
+    # The momentum of the first gradients outweighs the last gradient.
     gradients = jax.tree.map(lambda g: jnp.stack([g, g, -0.01 * g]), grads)
     updates, states = [], []
     for options in (
@@ -405,22 +405,22 @@ def test_every_optimizer_has_something_to_be_cautious_about(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sgd", {"b2": 0.9}, "b2: sgd has no such setting"),
-        ("cautious_sgd", {"eps": 1e-8}, "eps: sgd has no such setting"),
-        ("cautious_lion", {"eps": 1e-8}, "eps: lion has no such setting"),
-        ("adan", {"max_grad_norm": 0.0}, "max_grad_norm is 0.0: it has to be above 0"),
+        ("sgd", {"b2": 0.9}, "b2 is not a setting of sgd"),
+        ("cautious_sgd", {"eps": 1e-8}, "eps is not a setting of sgd"),
+        ("cautious_lion", {"eps": 1e-8}, "eps is not a setting of lion"),
+        ("adan", {"max_grad_norm": 0.0}, "max_grad_norm must be positive, got 0.0"),
         (
             "adamw",
             {"opposed_weight": 0.1},
-            "opposed_weight: only caution has these settings",
+            "opposed_weight can only be set with caution",
         ),
         ("cautious_lion", {"caution_on": "momentum"}, "caution_on .* --optimizer muon"),
-        ("muon", {"caution_on": "momentum"}, "caution_on: only caution has"),
-        ("lamb", {"exempt": ("w",)}, "exempt: only caution .* give --caution$"),
-        ("adam", {}, "optimizer is 'adam': choose one of adamw, lion, sgd"),
+        ("muon", {"caution_on": "momentum"}, "caution_on can only be set with caution"),
+        ("lamb", {"exempt": ("w",)}, r"exempt can only .*; pass --caution\.$"),
+        ("adam", {}, "optimizer must be one of adamw, lion, sgd, .*, got 'adam'"),
     ],
 )
-def test_an_optimizer_without_that_setting(name, options, message):
+def test_settings_that_an_optimizer_lacks_are_rejected(name, options, message):
     with pytest.raises(InputError, match=message):
         make_optimizer(
             OptimizerConfig(**{**named(name), "learning_rate": 1.0, **options}), 10

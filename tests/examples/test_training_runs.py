@@ -1,4 +1,4 @@
-"""The runs of the Llama program: killed, stopped, damaged, and going on as if not."""
+"""Runs that are killed, stopped or damaged, and resume exactly."""
 
 import errno
 import json
@@ -71,10 +71,10 @@ from tests.examples.training_fixtures import (
 
 STEPS = 22
 STOPPED = 13
-"""Where a run that was stopped is: at neither an evaluation nor a checkpoint."""
+"""Step of the stopped run, at neither an evaluation nor a checkpoint."""
 
 
-# What tensorstore's coroutines say when one of them has failed.
+# Raised by tensorstore's coroutines after one of them has failed.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -111,7 +111,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_dir(config, tmp_path_factory):
-    """A run that nothing has come across."""
+    """Return the directory of an uninterrupted run."""
     directory = tmp_path_factory.mktemp("whole") / "run"
     assert [r["step"] for r in train(config, directory)] == [*range(1, STEPS + 1)]
     return directory
@@ -131,7 +131,7 @@ def stopped_dir(config, tmp_path_factory):
 
 @pytest.fixture
 def run_dir(stopped_dir, tmp_path):
-    """A copy of the run that was stopped."""
+    """Return a copy of the stopped run."""
     return shutil.copytree(stopped_dir, tmp_path / "run")
 
 
@@ -146,7 +146,7 @@ def checksum_of(run_dir, step):
 # The log
 
 
-def test_what_is_logged_and_when(config, whole, whole_dir):
+def test_the_contents_of_the_log(config, whole, whole_dir):
     records = log.read(whole_dir)
     assert [r["step"] for r in records] == [*range(1, STEPS + 1)]
     evaluated = [r["step"] for r in records if "validation_loss" in r]
@@ -165,7 +165,7 @@ def test_what_is_logged_and_when(config, whole, whole_dir):
     assert whole[-1]["validation_loss"] < whole[1]["validation_loss"] - 1
 
 
-def test_a_line_that_was_being_written_is_made_again(config, run_dir, whole):
+def test_an_incomplete_line_is_written_again(config, run_dir, whole):
     with (run_dir / log.FILE_NAME).open("a") as file:
         file.write('{"step": 14, "loss": 4.')
     assert len(log.read(run_dir)) == STOPPED
@@ -173,7 +173,7 @@ def test_a_line_that_was_being_written_is_made_again(config, run_dir, whole):
     assert read_log(run_dir) == whole
 
 
-def test_steps_after_the_checkpoint_are_made_again(config, run_dir, whole):
+def test_steps_after_the_checkpoint_are_repeated(config, run_dir, whole):
     with (run_dir / log.FILE_NAME).open("a") as file:
         file.writelines(f'{{"step": {step}, "loss": 9.0}}\n' for step in (14, 15, 16))
     records = train(config, run_dir)
@@ -189,7 +189,7 @@ def test_a_log_that_ends_before_the_checkpoint(config, run_dir):
 
 
 def events(directory):
-    """Reads TensorBoard's files as it does: a new start hides what comes after it."""
+    """Read TensorBoard's files as it does: a new start hides later steps."""
     found = []
     for file in sorted(directory.iterdir()):
         data = file.read_bytes()
@@ -225,7 +225,7 @@ def test_tensorboard_shows_the_log_and_no_step_twice(
     assert not shown
 
 
-def test_operations_of_a_token():
+def test_flops_per_token():
     attention = 2 * 32 * 32 + 2 * 32 * 16
     block = attention + 3 * 32 * 48 + 2 * 32
     parameters = 2 * block + 32 + 32 * 304
@@ -234,17 +234,17 @@ def test_operations_of_a_token():
     assert flops_per_token(MODEL, parameters + 304 * 32, 16) == 6 * parameters + scores
 
 
-def test_utilization_is_of_the_peak_where_that_is_known(monkeypatch):
+def test_utilization_where_the_peak_is_known(monkeypatch):
     assert log.utilization(1e12, 1) is None
     device = namedtuple("device", ["device_kind"])("TPU v4")
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert log.utilization(4 * 275e12 / 2, 4) == pytest.approx(0.5)
 
 
-# Going on
+# Resuming
 
 
-def test_a_run_that_is_stopped_anywhere_goes_on_exactly(config, whole, tmp_path):
+def test_a_run_stopped_anywhere_resumes_exactly(config, whole, tmp_path):
     run_dir = tmp_path / "run"
     for step in (1, 4, 5, 9, STEPS - 1):
         records = train(config, run_dir, stop=lambda at, step=step: at == step)
@@ -254,16 +254,16 @@ def test_a_run_that_is_stopped_anywhere_goes_on_exactly(config, whole, tmp_path)
     assert read_log(run_dir) == whole
 
 
-def test_a_run_killed_anywhere_goes_on_exactly(config, whole, whole_dir, tmp_path):
+def test_a_run_killed_anywhere_resumes_exactly(config, whole, whole_dir, tmp_path):
     command = Command(config, tmp_path)
     run_dir = tmp_path / "run"
     draw = random.Random(0).randint
     kills = [
-        # In the first save, of which there are five renamings: all begins anew.
+        # In the first save, which renames five times: the run starts over.
         ("os.rename", ".orbax-checkpoint-tmp", draw(1, 5)),
-        # At a writing of the log.
+        # At a log write.
         ("open", "metrics.jsonl", draw(6, 8)),
-        # When the log has been made anew, but not put in its place.
+        # When the log is rewritten, but not yet in place.
         ("os.rename", "metrics.partial", 1),
         # Anywhere from the second save on.
         ("any", "", draw(100, 200)),
@@ -280,7 +280,7 @@ def test_a_run_killed_anywhere_goes_on_exactly(config, whole, whole_dir, tmp_pat
     assert saved(run_dir) == saved(whole_dir)
 
 
-def test_an_autoencoder_killed_and_stopped_goes_on_exactly(tmp_path):
+def test_an_autoencoder_killed_and_stopped_resumes_exactly(tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     data = PicturesConfig(
@@ -314,7 +314,7 @@ def test_an_autoencoder_killed_and_stopped_goes_on_exactly(tmp_path):
     assert read_log(run_dir) == whole
 
 
-def test_sigterm_saves_and_ends(config, whole, tmp_path):
+def test_sigterm_saves_and_exits(config, whole, tmp_path):
     command = Command(config, tmp_path)
     run_dir = tmp_path / "run"
     at = "open", "metrics.jsonl", 4, int(signal.SIGTERM)
@@ -327,7 +327,7 @@ def test_sigterm_saves_and_ends(config, whole, tmp_path):
     assert train(config, run_dir) == whole
 
 
-def test_sigterm_is_asked_for_after_each_step_and_then_as_before():
+def test_sigterm_stops_after_a_step_and_its_handler_is_restored():
     before = signal.getsignal(signal.SIGTERM)
     with preemption() as stop:
         assert not stop(1)
@@ -336,7 +336,7 @@ def test_sigterm_is_asked_for_after_each_step_and_then_as_before():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_run_that_is_over_computes_nothing(config, whole, whole_dir, monkeypatch):
+def test_a_finished_run_computes_nothing(config, whole, whole_dir, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in whole_dir.rglob("*")}
     monkeypatch.delattr(loop, "load_run_data")
     for name in ("make_state", "compile"):
@@ -370,29 +370,29 @@ def test_settings_that_may_change_in_a_run(config, run_dir, whole, tmp_path):
     assert saved(run_dir)[-3:] == [STOPPED, 20, STEPS]
 
 
-def test_text_that_has_changed(config, run_dir, tmp_path):
+def test_changed_text_is_rejected(config, run_dir, tmp_path):
     (documents,) = map(Path, config.task.data.data)
     there = shutil.copytree(documents, tmp_path / "documents")
     file = next(file for file in sorted(there.iterdir()) if file.is_file())
     file.write_text(file.read_text() + " and")
-    # As where the directory has been written to, and is still the same setting.
+    # As if files had changed in the same directory.
     other = changed(config, data={"data": (str(there),)})
     text = (run_dir / CONFIG_NAME).read_text()
     (run_dir / CONFIG_NAME).write_text(text.replace(str(documents), str(there)))
     before = read_log(run_dir)
     with pytest.raises(
-        InputError, match=r"^run_dir: the data have .* another data.sha256; "
+        InputError, match=r"^run_dir: the data have .* a different data.sha256; "
     ):
         train(other, run_dir)
     (run_dir / DATA_NAME).unlink()
     (run_dir / TOKENIZER_NAME).write_text("{}")
-    with pytest.raises(InputError, match=r"^run_dir: the data .* another tokenizer"):
+    with pytest.raises(InputError, match=r"^run_dir: the data .* different tokenizer"):
         train(other, run_dir)
     assert not (run_dir / DATA_NAME).exists()
     assert read_log(run_dir) == before
 
 
-def test_a_run_is_sampled_from_and_exported(config, whole_dir, tmp_path, capsys):
+def test_a_run_is_sampled_and_exported(config, whole_dir, tmp_path, capsys):
     source = ["--run-dir", str(whole_dir)]
     sampling = ["--temperature", "0", "--tokens", "5", "--prompt", "the "]
     run_command("generate", [*source, *sampling])
@@ -406,7 +406,7 @@ def test_a_run_is_sampled_from_and_exported(config, whole_dir, tmp_path, capsys)
     assert head.shape == (config.task.model.vocab_size, config.task.model.hidden_size)
 
 
-def test_the_best_is_kept_when_a_run_goes_on(config, run_dir):
+def test_the_best_is_kept_when_a_run_resumes(config, run_dir):
     lines = (run_dir / log.FILE_NAME).read_text().splitlines()
     record = {**json.loads(lines[11]), "validation_loss": 0.1}
     lines[11] = json.dumps(record)
@@ -475,7 +475,7 @@ def three_checkpoints(tmp_path_factory):
 
 
 def restore(directory):
-    """Restores the newest, and says which it is after it has looked at the contents."""
+    """Restore the newest checkpoint, check its contents, and return its step."""
     batches = numbers()
     checkpoints = Checkpoints(directory / "checkpoints", 3)
     step, state = checkpoints.restore(LIKE, batches)
@@ -505,7 +505,7 @@ def flip(file):
 @pytest.mark.parametrize(
     "damage", [truncate, flip, Path.unlink], ids=lambda damage: damage.__name__
 )
-def test_damage_to_any_file_is_found_or_does_not_matter(
+def test_damage_to_any_file_is_detected_or_harmless(
     damage, three_checkpoints, tmp_path, capsys
 ):
     newest = three_checkpoints / "checkpoints" / "3"
@@ -513,7 +513,7 @@ def test_damage_to_any_file_is_found_or_does_not_matter(
     found = []
     for i, file in enumerate(files):
         if file.name == "commit_success.txt":
-            continue  # What it says, the names of the directories say too.
+            continue  # Redundant: directory names mark complete checkpoints, too.
         directory = shutil.copytree(three_checkpoints, tmp_path / str(i))
         damage(directory / "checkpoints" / "3" / file)
         step = restore(directory)
@@ -523,9 +523,8 @@ def test_damage_to_any_file_is_found_or_does_not_matter(
             continue
         found.append(file)
         assert step == 2
-        assert (
-            f"The checkpoint of step 3 is damaged and is moved to {directory}" in said
-        )
+        assert "The checkpoint of step 3 is damaged (" in said
+        assert f"moving it to {directory}/damaged_checkpoints." in said
         assert saved(directory) == [1, 2]
         assert [d.name for d in (directory / "damaged_checkpoints").iterdir()] == ["3"]
     needed = {"checksum/metadata", "data/process_0-of-1.json", "state/_METADATA"}
@@ -542,7 +541,7 @@ def damage_json(checkpoint):
 
 
 @pytest.mark.parametrize("damage", [damage_largest, damage_json])
-def test_a_run_goes_on_from_the_checkpoint_before(
+def test_a_run_resumes_from_the_previous_checkpoint(
     damage, config, run_dir, whole, capsys
 ):
     damage(run_dir / "checkpoints" / "13")
@@ -550,42 +549,43 @@ def test_a_run_goes_on_from_the_checkpoint_before(
     assert records == whole
     assert read_log(run_dir) == whole
     said = capsys.readouterr().out
-    assert f"step 13 is damaged and is moved to {run_dir}/damaged_checkpoints" in said
+    assert "The checkpoint of step 13 is damaged (" in said
+    assert f"moving it to {run_dir}/damaged_checkpoints." in said
     assert (run_dir / "damaged_checkpoints" / "13" / "state").is_dir()
 
 
-def test_a_run_without_a_whole_checkpoint_says_so(config, run_dir, capsys):
+def test_a_run_without_an_intact_checkpoint_reports_it(config, run_dir, capsys):
     steps = saved(run_dir)
     assert len(steps) > 1
     for step in steps:
         damage_largest(run_dir / "checkpoints" / str(step))
     with pytest.raises(
-        InputError, match=r"run_dir: none of the checkpoints in .* is wh"
+        InputError, match=r"run_dir: all checkpoints in .* are damaged \("
     ) as raised:
         next(training(config, run_dir))
-    # They stay where they are, for whoever may repair them.
+    # They stay in place for a possible repair.
     assert "damaged" not in capsys.readouterr().out
-    assert str(raised.value).count("of step ") == len(steps)
+    assert all(f"step {step}: " in str(raised.value) for step in steps)
     assert saved(run_dir) == steps
     assert len(read_log(run_dir)) == STOPPED
 
 
-def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(config, run_dir):
+def test_a_run_without_an_intact_checkpoint_does_not_start_over(config, run_dir):
     for step in saved(run_dir):
         damage_largest(run_dir / "checkpoints" / str(step))
     for _ in range(2):
-        with pytest.raises(InputError, match="run_dir: none of the checkpoints in"):
+        with pytest.raises(InputError, match="run_dir: all checkpoints in"):
             next(training(config, run_dir))
     assert len(read_log(run_dir)) == STOPPED
 
 
-def test_a_run_of_another_number_of_processes(config, run_dir):
+def test_a_run_with_a_different_number_of_processes(config, run_dir):
     steps = saved(run_dir)
     for file in run_dir.glob("checkpoints/*/data/process_0-of-1.json"):
         shutil.copy(file, file.with_stem("process_1-of-2"))
         file.rename(file.with_stem("process_0-of-2"))
     with pytest.raises(
-        InputError, match=r"run_dir: .* those of 2 processes, and there a"
+        InputError, match=r"run_dir: .* saved by 2 processes, but there are 1"
     ):
         next(training(config, run_dir))
     assert saved(run_dir) == steps
@@ -600,7 +600,7 @@ ARRAYS = {
 
 
 @given(st.sampled_from(sorted(ARRAYS)), st.integers(0, 2**16))
-def test_a_checksum_sees_any_bit(name, place):
+def test_the_checksum_depends_on_every_bit(name, place):
     data = bytearray(np.asarray(ARRAYS[name]).tobytes())
     place %= 8 * len(data)
     data[place // 8] ^= 1 << place % 8
@@ -617,29 +617,29 @@ def test_the_size_of_a_checkpoint(config):
 # Directories
 
 
-def test_a_directory_of_a_run_with_other_settings(config, run_dir):
+def test_a_directory_of_a_run_with_different_settings(config, run_dir):
     before = sorted(run_dir.rglob("*"))
     other = changed(config, seed=1, optimizer={"b1": 0.8}, data={"batch_size": 16})
     with pytest.raises(
-        InputError, match=r"run with other settings \(b1, batch_size, seed\); choose"
+        InputError, match=r"run with different settings \(b1, batch_size, seed\); ch"
     ):
         next(training(other, run_dir))
     assert sorted(run_dir.rglob("*")) == before
 
 
-def test_a_directory_that_holds_something_else(config, tmp_path):
+def test_a_directory_with_other_files(config, tmp_path):
     (tmp_path / "letter.txt").write_text("Dear reader")
-    with pytest.raises(InputError, match="is not empty and holds no run; choose anoth"):
+    with pytest.raises(InputError, match="is not empty and contains no run; choose an"):
         next(training(config, tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_a_directory_with_somebody_elses_config(config, tmp_path):
-    """As an exported model has one."""
+def test_a_directory_with_another_programs_config(config, tmp_path):
+    """As in an exported model."""
     contents = {"config.json": '{"model_type": "llama"}', "tokenizer.json": "{}"}
     for name, text in contents.items():
         (tmp_path / name).write_text(text)
-    message = r"^run_dir: .*config.json is not the configuration of a run.*; choose an"
+    message = r"^run_dir: .*config.json is not the configuration of a run.* Choose an"
     with pytest.raises(InputError, match=message):
         next(training(config, tmp_path))
     assert {f.name: f.read_text() for f in tmp_path.iterdir()} == contents
@@ -648,24 +648,24 @@ def test_a_directory_with_somebody_elses_config(config, tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_directory_that_cannot_be_written(config, tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match=r"^run_dir: cannot write in .* \(Permission"):
+    with pytest.raises(InputError, match=r"^run_dir: cannot write to .* \(Permission"):
         next(training(config, tmp_path))
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
-def test_a_directory_where_no_lock_can_be_made(number, config, tmp_path, monkeypatch):
+def test_a_directory_where_no_lock_can_be_created(
+    number, config, tmp_path, monkeypatch
+):
     def acquire(*args, **options):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
-    with pytest.raises(InputError, match=r"^run_dir: cannot write in .*; choose anoth"):
+    with pytest.raises(InputError, match=r"^run_dir: cannot write to .*; choose anoth"):
         next(training(config, tmp_path / "run"))
 
 
-def test_data_that_cannot_be_read_again_damage_no_checkpoint(
-    config, run_dir, monkeypatch
-):
-    """As when the network is down for a moment."""
+def test_unreadable_data_do_not_damage_a_checkpoint(config, run_dir, monkeypatch):
+    """As when the network is down temporarily."""
     before = sorted(run_dir.rglob("*"))
 
     def restore(*args, **options):
@@ -678,9 +678,9 @@ def test_data_that_cannot_be_read_again_damage_no_checkpoint(
     assert sorted(run_dir.rglob("*")) == before
 
 
-def test_a_directory_that_cannot_be_made(config, tmp_path):
+def test_a_directory_that_cannot_be_created(config, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"run_dir: cannot make .*run \(Not a direc"):
+    with pytest.raises(InputError, match=r"run_dir: cannot create .*run \(Not a dir"):
         next(training(config, tmp_path / "file" / "run"))
 
 
@@ -692,7 +692,7 @@ def test_a_configuration_that_cannot_be_read(config, run_dir):
         next(training(config, run_dir))
 
 
-def test_a_mesh_or_a_setting_that_does_not_fit_leaves_nothing_behind(config, tmp_path):
+def test_invalid_settings_leave_no_files(config, tmp_path):
     optimizer = OptimizerConfig(optimizer="sgd", learning_rate=1.0, b2=0.5)
     for wrong in (
         replace(config, mesh=(3, 3, 1)),
@@ -703,11 +703,11 @@ def test_a_mesh_or_a_setting_that_does_not_fit_leaves_nothing_behind(config, tmp
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("resumed", [False, True], ids=["at first", "going on"])
-def test_a_run_killed_when_it_begins_begins_again(
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
+def test_a_run_killed_at_its_start_starts_again(
     resumed, config, whole, run_dir, monkeypatch
 ):
-    """Whatever it has written is there as a whole, or does not count."""
+    """Partially written files are ignored."""
     if not resumed:
         shutil.rmtree(run_dir)
     write_text = Path.write_text
@@ -737,7 +737,7 @@ def test_a_run_killed_when_it_begins_begins_again(
 
 
 class Began(Exception):
-    """Raised where the training begins."""
+    """Raised when the training begins."""
 
 
 @pytest.mark.parametrize("missing", [0, 1])
@@ -747,7 +747,7 @@ def test_a_disk_needs_room_for_all_checkpoints(missing, config, tmp_path, monkey
 
     usage = namedtuple("usage", ["free"])
     state = make_engine(config).make_state()
-    # The two newest, the best, and the one that is being written.
+    # The two newest, the best, and the one being written.
     free = 4 * size(state) - missing
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free))
     monkeypatch.setattr(Engine, "make_state", begin)
@@ -761,7 +761,7 @@ def test_a_disk_needs_room_for_all_checkpoints(missing, config, tmp_path, monkey
             next(training(config, tmp_path / "run"))
 
 
-def test_a_disk_with_the_checkpoints_on_it_needs_less(config, run_dir, monkeypatch):
+def test_a_disk_with_existing_checkpoints_needs_less_room(config, run_dir, monkeypatch):
     usage = namedtuple("usage", ["free"])
     files = [f for f in (run_dir / "checkpoints").rglob("*") if f.is_file()]
     used = sum(f.stat().st_size for f in files)
@@ -793,7 +793,7 @@ def full_for_tensorstore(*_):
     [(log, "_sync", full), (Checkpoints, "save", full_for_tensorstore)],
     ids=["log", "checkpoint"],
 )
-def test_a_disk_that_is_full_ends_a_run_which_then_goes_on(
+def test_a_full_disk_ends_a_run_which_can_resume(
     where, name, replacement, config, run_dir, whole, tmp_path, monkeypatch
 ):
     compiled = Engine.compile
@@ -804,9 +804,7 @@ def test_a_disk_that_is_full_ends_a_run_which_then_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "compile", fill)
-        with pytest.raises(
-            SystemExit, match=r"^error: there is no space left on the disk"
-        ):
+        with pytest.raises(SystemExit, match=r"^error: no space left on the disk"):
             run_command("train", command_line(config, run_dir, tmp_path))
     monkeypatch.undo()
     assert train(config, run_dir) == whole
@@ -828,21 +826,21 @@ def test_an_error_in_writing_a_checkpoint_is_not_lost(config, whole, tmp_path):
 
 
 def diverge(config, run_dir, tmp_path):
-    """Runs the command until it says that the run diverged, and returns the log."""
+    """Run the command until the run diverges, and return the log."""
     with pytest.raises(SystemExit) as ended:
         run_command("train", command_line(config, run_dir, tmp_path))
     records = read_log(run_dir)
     step = records[-1]["step"]
     assert ended.value.code == (
         f"error: the loss is not finite at step {step}; "
-        "a lower --learning-rate may help"
+        "a lower --learning-rate may help."
     )
     assert [r["step"] for r in records] == [*range(1, step + 1)]
     assert ["diverged" in r for r in records] == [False] * (step - 1) + [True]
     return records
 
 
-def test_a_run_that_diverges_ends_and_stays_so(config, tmp_path, monkeypatch):
+def test_a_diverged_run_ends_and_does_not_resume(config, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     optimizer = OptimizerConfig(learning_rate=1e30)
     hot = replace(

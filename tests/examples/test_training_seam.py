@@ -1,4 +1,4 @@
-"""The training program knows no experiment, and no experiment copies another."""
+"""The training program imports no experiment, and experiments do not copy code."""
 
 import ast
 import itertools
@@ -19,7 +19,7 @@ def modules(directory):
 
 
 def imported(path):
-    """The modules that a file imports, wherever in it."""
+    """Yield the modules that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -35,7 +35,7 @@ def test_training_imports_no_experiment(path):
         assert not name.startswith("examples.") or name.startswith("examples.training")
 
 
-# Fine-tuning takes a pretrained model: the model, its configuration and its loader.
+# Fine-tuning needs a pretrained model: the model, its configuration and its loader.
 LOADER = ("config", "model", "pretrained", "transformers_files")
 ALLOWED = {"glue": tuple(f"examples.llama.{name}." for name in LOADER)}
 
@@ -53,7 +53,7 @@ def test_an_experiment_imports_no_other(experiment):
 
 
 def code_lines(path):
-    """The lines of a file without imports, which are alike everywhere."""
+    """Return the lines of a file, without imports, which are the same everywhere."""
     source = path.read_text()
     lines = [line.strip() for line in source.splitlines()]
     for node in ast.parse(source).body:
@@ -63,7 +63,7 @@ def code_lines(path):
     return [line for line in lines if line]
 
 
-def test_no_lines_of_one_experiment_stand_in_another():
+def test_experiments_share_no_lines():
     found = defaultdict(set)
     for directory in (*EXPERIMENTS, "training"):
         for path in modules(EXAMPLES / directory):

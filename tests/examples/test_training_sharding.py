@@ -1,4 +1,4 @@
-"""Eight simulated devices and two processes train any task as one device does."""
+"""Eight simulated devices or two processes train any task as one device does."""
 
 import re
 import socket
@@ -72,7 +72,7 @@ LEARNING_RATES = {"adamw": 1e-2, "cautious_adamw": 1e-2, "cautious_lion": 1e-3}
 NAMES = [c + name for name in OPTIMIZERS for c in ("", "cautious_")]
 TASK = CONFIG.task
 
-# Ten times what is seen of rounding, and a thousandth of what is seen of an error.
+# Ten times the observed rounding, and a thousandth of the effect of an error.
 TOLERANCE = 5e-6
 
 
@@ -86,7 +86,7 @@ def with_optimizer(name, config=CONFIG, **changes):
 
 
 def walks():
-    """Batches of windows in which the next token can be guessed from the one before."""
+    """Return batches of windows with predictable next tokens."""
     generator = np.random.default_rng(0)
     shape = CONFIG.steps, TASK.data.batch_size, TASK.data.sequence_length + 1
     steps = generator.integers(0, 3, shape).cumsum(axis=-1)
@@ -95,17 +95,17 @@ def walks():
 
 
 def pictures():
-    """Batches of pictures of one colour each, which is easily guessed."""
+    """Yield batches of single-color pictures, which are easy to predict."""
     generator = np.random.default_rng(0)
     side, count = MAE.task.model.image_size, MAE.task.data.batch_size
     for i in range(CONFIG.steps):
-        colours = generator.integers(0, 256, (count, 1, 1, 3), np.uint8)
-        images = np.broadcast_to(colours, (count, side, side, 3))
+        colors = generator.integers(0, 256, (count, 1, 1, 3), np.uint8)
+        images = np.broadcast_to(colors, (count, side, side, 3))
         yield {"image": images, "seed": np.arange(count, dtype=np.uint32) + i}
 
 
 def trajectory(config):
-    """Trains on a mesh, and returns loss and gradient norm of each step."""
+    """Train on a mesh, and return loss and gradient norm of each step."""
     engine = make_engine(config)
     state = engine.make_state()
     examples = walks() if config.task.name == "llama" else pictures()
@@ -149,8 +149,8 @@ def test_a_mesh_trains_as_one_device(name, mesh, on_one_device):
     np.testing.assert_allclose(measured, on_one_device(name), rtol=TOLERANCE)
 
 
-def test_a_share_of_the_gradient_that_is_lost_shows(on_one_device, monkeypatch):
-    """The tolerance is not too large, not even for Lion, which sees signs only."""
+def test_a_partly_lost_gradient_is_detected(on_one_device, monkeypatch):
+    """The tolerance is not too large, even for Lion, which uses only signs."""
 
     def mean_gradient_of_most(task, params, tokens, parts):
         loss, _ = mean_gradient(task, params, tokens, parts)
@@ -166,7 +166,7 @@ def test_a_share_of_the_gradient_that_is_lost_shows(on_one_device, monkeypatch):
     "changes", [{"mesh": (2, 2, 2)}, {"mesh": (1, 8, 1)}, {"accumulate": 4}], ids=str
 )
 def test_an_autoencoder_trains_as_on_one_device(changes, on_one_device):
-    """Its masks go by the pictures, however they are divided."""
+    """Its masks depend on the pictures, however these are split."""
     expected = on_one_device("cautious_adamw", MAE)
     assert expected[-1, 0] < 0.9 * expected[0, 0]
     measured = trajectory(with_optimizer("cautious_adamw", MAE, **changes))
@@ -183,14 +183,14 @@ def test_an_autoencoder_trains_as_on_one_device(changes, on_one_device):
     ],
     ids=["accumulate", "accumulate on a mesh", "unroll", "remat on a mesh"],
 )
-def test_what_saves_memory_or_time_changes_nothing(changes, on_one_device):
+def test_options_that_save_memory_or_time_change_nothing(changes, on_one_device):
     config = with_optimizer("cautious_adamw", **changes)
     expected = on_one_device("cautious_adamw")
     np.testing.assert_allclose(trajectory(config), expected, rtol=TOLERANCE)
 
 
-def test_recomputing_saves_memory():
-    """Of the layers' activations, only their inputs are kept."""
+def test_remat_saves_memory():
+    """Only the inputs of the layers are kept."""
 
     def temporaries(remat):
         model = {"num_layers": 8, "remat": remat}
@@ -203,7 +203,7 @@ def test_recomputing_saves_memory():
 
 # Layout
 
-# Shapes on one of the devices of the mesh (2, 2, 2): fsdp and tensor split in two each.
+# Shapes on a device of the mesh (2, 2, 2), where fsdp and tensor split in two each.
 SHARDS = {
     "embedding": (152, 16),
     "query": (2, 16, 16),
@@ -221,7 +221,7 @@ SHARDS = {
 
 
 def holder(path):
-    """The name of the module of a parameter, or of what is kept for it."""
+    """Return the module name of a parameter or of its optimizer state."""
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
     return next((name for name in reversed(names) if name in SHARDS), None)
 
@@ -237,7 +237,7 @@ def shard_shapes(tree):
     ]
 
 
-def test_parameters_and_what_is_kept_for_them_are_split():
+def test_parameters_and_their_optimizer_state_are_split():
     engine = make_engine(replace(CONFIG, mesh=(2, 2, 2)))
     state = engine.make_state()
     batch = engine.put_batch(walks()[0])
@@ -250,8 +250,8 @@ def test_parameters_and_what_is_kept_for_them_are_split():
         state, _ = train_step(state, batch)
 
 
-def test_gradients_are_split_as_the_parameters_and_those_of_one_device():
-    """The sum over the devices ends where the optimizer needs it."""
+def test_gradients_are_split_like_the_parameters():
+    """They equal those of one device, summed where the optimizer needs them."""
     params = TASK.init(0)
 
     def gradient(mesh):
@@ -280,7 +280,7 @@ def test_gradients_are_split_as_the_parameters_and_those_of_one_device():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_any_optimizer_keeps_of_a_matrix_is_split_like_it(name):
+def test_the_state_of_any_optimizer_is_split_like_the_parameters(name):
     tx = make_engine(with_optimizer(name)).tx
     state = jax.eval_shape(lambda: step.init_state(TASK, tx, 0))
     split = {
@@ -304,9 +304,9 @@ def test_what_any_optimizer_keeps_of_a_matrix_is_split_like_it(name):
 
 
 def test_the_gradient_is_the_slope_of_the_loss():
-    """On a mesh, it goes through a rule of the program's own."""
+    """On a mesh, it uses a custom differentiation rule."""
     params = TASK.init(0)
-    params = jax.tree.map(lambda leaf: 3 * leaf, params)  # Where the loss is no plane.
+    params = jax.tree.map(lambda leaf: 3 * leaf, params)  # Where the loss is not flat.
     batch = walks()[0]
     with jax.set_mesh(make_mesh(CONFIG)):
         loss = jax.jit(lambda params: TASK.loss(params, batch))
@@ -325,7 +325,7 @@ def test_the_gradient_is_the_slope_of_the_loss():
 
 
 def test_no_device_holds_the_activations_of_all_sequences():
-    """A batch stays split, whichever way its embeddings and their gradient go."""
+    """A batch stays split in the embedding and its gradient."""
     engine = make_engine(with_optimizer("sgd", mesh=(2, 2, 2)))
     batch = engine.put_batch(walks()[0])
     program = engine.lower_train_step(batch).compile().as_text()
@@ -347,7 +347,7 @@ def test_a_checksum_is_the_same_on_any_mesh():
 
 @pytest.mark.parametrize("steps_taken", [0, 2])
 def test_the_aligned_fraction_is_of_the_optimizer_without_decay(steps_taken):
-    """And does not wait for the warm-up, which begins at a learning rate of zero."""
+    """Nor is it affected by the warm-up, which starts at a learning rate of zero."""
     found = []
     for weight_decay in (0.0, 10.0):
         plain = make_engine(with_optimizer("adamw"))
@@ -363,14 +363,14 @@ def test_the_aligned_fraction_is_of_the_optimizer_without_decay(steps_taken):
 
 
 def test_the_aligned_fraction_is_measured_before_caution_acts():
-    """A rule that turns opposed coordinates round would leave none."""
+    """A rule that reverses opposed coordinates would leave none."""
     found = []
     for weight in (0.0, -1.0):
         plain = make_engine(with_optimizer("cautious_adamw"))
-        turned = changed(plain.config, optimizer={"opposed_weight": weight})
+        flipped = changed(plain.config, optimizer={"opposed_weight": weight})
         batches = [plain.put_batch(batch) for batch in walks()[:3]]
         train_step = plain.lower_train_step(batches[0]).compile()
-        other = make_engine(turned)
+        other = make_engine(flipped)
         *_, aligned_fraction = other.compile(batches[0], batches[0][None])
         state = plain.make_state()
         for batch in batches[:2]:
@@ -380,7 +380,7 @@ def test_the_aligned_fraction_is_measured_before_caution_acts():
 
 
 @pytest.mark.parametrize("config", [CONFIG, MAE], ids=["llama", "mae"])
-def test_an_evaluation_in_parts_is_that_of_the_whole(config):
+def test_an_evaluation_in_parts_equals_that_of_the_whole(config):
     params = config.task.init(0)
     generator = np.random.default_rng(0)
     batches = jax.tree.map(
@@ -400,31 +400,35 @@ def test_an_evaluation_in_parts_is_that_of_the_whole(config):
 @pytest.mark.parametrize(
     ("changes", "mesh", "message"),
     [
-        ({}, (3, 3, 1), "mesh: 3 x 3 x 1 are 9 devices, and there are 8"),
+        ({}, (3, 3, 1), "mesh: 3 x 3 x 1 needs 9 devices, but there are only 8"),
         (
             {},
             (3, 1, 1),
-            r"batch_size: 8 examples .* do not divide among the 3 x 1 dev",
+            r"batch_size: 8 examples .* cannot be split over the 3 x 1 dev",
         ),
-        ({"accumulate": 4}, (2, 2, 1), r"batch_size: 2 examples .* among the 2 x 2"),
-        ({"num_kv_heads": 1}, (1, 1, 2), r"tensor \(2\) does not divide num_kv_heads"),
-        ({"num_kv_heads": 4}, (1, 1, 8), r"tensor \(8\) does not divide num_heads \(4"),
+        ({"accumulate": 4}, (2, 2, 1), r"batch_size: 2 examples .* over the 2 x 2"),
+        ({"num_kv_heads": 1}, (1, 1, 2), r"tensor axis \(2\) must divide num_kv_heads"),
+        ({"num_kv_heads": 4}, (1, 1, 8), r"tensor axis \(8\) must divide num_heads \("),
         (
             {"intermediate_size": 47},
             (1, 1, 2),
-            r"not divide intermediate_size \(47\); ",
+            r"must divide intermediate_size \(47\); ",
         ),
         (
             {"vocab_size": 301},
             (1, 1, 2),
-            r"not divide vocab_size \(301\).*--vocab-size",
+            r"must divide vocab_size \(301\).*--vocab-size",
         ),
         (
             {"hidden_size": 36, "num_heads": 2},
             (1, 8, 1),
-            r"the axis fsdp \(8\) does not divide hidden_size \(36\)",
+            r"the fsdp axis \(8\) must divide hidden_size \(36\)",
         ),
-        ({"hidden_size": 36, "num_heads": 2}, None, r"fsdp \(8\) does not divide hidd"),
+        (
+            {"hidden_size": 36, "num_heads": 2},
+            None,
+            r"fsdp axis \(8\) must divide hidd",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit(changes, mesh, message):
@@ -438,18 +442,18 @@ def test_a_mesh_that_does_not_fit(changes, mesh, message):
 def test_processes_use_all_their_devices(monkeypatch):
     assert make_mesh(replace(CONFIG, mesh=(1, 2, 2))).size == 4
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="4 devices, and the processes have 8: use th"):
+    with pytest.raises(InputError, match="4 devices, but the processes have 8; use al"):
         make_mesh(replace(CONFIG, mesh=(1, 2, 2)))
 
 
-def test_devices_are_those_given():
+def test_the_given_devices_are_used():
     last = jax.devices()[-4:]
     mesh = make_mesh(replace(CONFIG, mesh=None), last)
     assert set(mesh.devices.flat) == set(last)
     assert mesh.shape == {"data": 1, "fsdp": 4, "tensor": 1}
 
 
-def test_a_parameter_that_is_not_there_cannot_be_exempt():
+def test_a_missing_parameter_cannot_be_exempt():
     config = changed(CONFIG, optimizer={"exempt": ("embeding",)})
     with pytest.raises(InputError, match=r"exempt: .* 'embeding'; .* embedding"):
         make_engine(config)
@@ -457,8 +461,7 @@ def test_a_parameter_that_is_not_there_cannot_be_exempt():
 
 # Processes
 
-# Steps take a while from the fourth on, at which the signal comes, as it is looked for
-# once a second only.
+# The signal comes at step 4. JAX polls for it once a second, so later steps are slow.
 _PREEMPTED = """
 import os, runpy, signal, sys, time
 import jax
@@ -486,7 +489,7 @@ def long_config(request, tmp_path_factory):
     return changed(
         config,
         data={**data, "validation_batches": 2, "validation_fraction": 0.3},
-        # So low that rounding does not grow much.
+        # Low enough that rounding errors hardly grow.
         optimizer={"learning_rate": 3e-3},
         mesh=(2, 2, 2),
         steps=16,
@@ -503,17 +506,17 @@ def one_process(long_config, tmp_path_factory):
 
 
 def assert_close(records, expected):
-    """Rounding has grown by the last step, but to no more than this."""
+    """Check that rounding errors have grown to no more than this by the last step."""
     assert [sorted(r) for r in records] == [sorted(r) for r in expected]
     for record, other in zip(records, expected):
         record, other = (dict(log.scalars(r)) for r in (record, other))
         for name, value in other.items():
             if name.startswith("aligned_fractions/"):
-                # The gradient of a key's bias is rounding alone: softmax undoes it.
+                # The gradient of a key bias is pure rounding: softmax ignores the bias.
                 if ".kernel" in name:
                     assert record[name] == pytest.approx(value, abs=0.1), name
                 continue
-            # A coordinate may go along with a gradient that is almost zero, or not.
+            # Coordinates with a nearly zero gradient may or may not be aligned.
             rtol = {"aligned_fraction": 1e-2, "grad_norm": 3e-3}.get(name, 1e-3)
             assert record[name] == pytest.approx(value, rel=rtol), (name, record)
 
@@ -526,7 +529,7 @@ def free_port():
 
 @pytest.fixture
 def two_processes(long_config, tmp_path):
-    """Runs the command in two processes of four devices each, which find each other."""
+    """Return a function that runs the command in two processes of four devices."""
     command = Command(long_config, tmp_path)
 
     def run(run_dir, program=None):
@@ -546,7 +549,7 @@ def two_processes(long_config, tmp_path):
     return run
 
 
-def test_two_processes_stop_together_and_go_on(
+def test_two_processes_stop_together_and_resume(
     long_config, two_processes, one_process, tmp_path
 ):
     run_dir = tmp_path / "run"
@@ -563,14 +566,14 @@ def test_two_processes_stop_together_and_go_on(
 
 
 @pytest.mark.parametrize("long_config", ["llama"], indirect=True)
-def test_two_processes_end_where_one_cannot_start(two_processes, tmp_path):
+def test_two_processes_exit_if_one_cannot_start(two_processes, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "letter.txt").write_text("Dear reader")
     (first, said), (second, of_the_other) = two_processes(run_dir)
     assert (first, second) == (1, 1)
-    assert f"error: run_dir: {run_dir} is not empty and holds no run" in said
-    assert "error: process 0 cannot start; its message says why" in of_the_other
+    assert f"error: run_dir: {run_dir} is not empty and contains no run" in said
+    assert "error: process 0 cannot start; see its error message." in of_the_other
 
 
 def test_a_run_directory_that_is_not_shared(tmp_path, monkeypatch):
@@ -581,7 +584,7 @@ def test_a_run_directory_that_is_not_shared(tmp_path, monkeypatch):
     assert not (tmp_path / "of its own").exists()
 
 
-def test_all_processes_have_the_same_settings(tmp_path, monkeypatch):
+def test_all_processes_must_have_the_same_settings(tmp_path, monkeypatch):
     def allgather(digest):
         return np.stack([digest, digest + 1])
 
@@ -595,7 +598,7 @@ def test_all_processes_have_the_same_settings(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change", [{}, {"fingerprint": "1" * 64}, {"files": {"tokenizer.json": "{}"}}]
 )
-def test_all_processes_have_the_same_text(change, monkeypatch):
+def test_all_processes_must_have_the_same_data(change, monkeypatch):
     data = Data(None, None, "0" * 64, {"tokenizer.json": "[]"})
     digests = []
 

@@ -1,4 +1,4 @@
-"""What tests of the training program share: data, settings, and its commands."""
+"""Helpers for tests of the training program: data, settings and commands."""
 
 import itertools
 import os
@@ -24,7 +24,7 @@ from examples.training.engine import Engine
 
 ROOT = Path(__file__).parents[2]
 
-# Every size is divided by 4 but the heads of keys and values, which 2 divides.
+# 4 divides all sizes except the number of key/value heads, which 2 divides.
 MODEL = ModelConfig(
     vocab_size=304,
     hidden_size=32,
@@ -42,8 +42,8 @@ _TIMES = {
     "mfu",
 }
 
-# Sends a signal to itself when a file of the run is touched: at the nth event of a kind
-# (see docs.python.org/3/library/audit_events.html) on a path that ends like this.
+# Sends a signal to its own process when a file of the run is accessed: at the nth event
+# of a kind (docs.python.org/3/library/audit_events.html) on a path with a given ending.
 _AT_AN_EVENT = """
 import os, runpy, sys
 kind, ending, count, number = sys.argv[1:5]
@@ -63,7 +63,7 @@ runpy.run_module("examples.llama", run_name="__main__", alter_sys=True)
 
 
 def write_documents(directory):
-    """Writes thirty documents made of a few words."""
+    """Write thirty documents made of a few words."""
     generator = random.Random(0)
     words = ["the", "optimizer", "moves", "a", "weight", "along", "its", "gradient"]
     for i in range(30):
@@ -74,7 +74,7 @@ def write_documents(directory):
 
 @contextmanager
 def programs_compiled_once():
-    """Has runs with the same settings share what is compiled, and the first state."""
+    """Share compiled programs and initial states between runs with equal settings."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("make_state", "compile"):
             patch.setattr(Engine, name, _remembering(getattr(Engine, name)))
@@ -88,7 +88,7 @@ def _remembering(function):
         key = str(identity(engine.config)), tuple(engine.mesh.shape.values())
         if key not in found:
             found[key] = function(engine, *arrays)
-        # A state is given away to the first step.
+        # The first step donates its state.
         is_array = lambda leaf: isinstance(leaf, jax.Array)  # noqa: E731
         return jax.tree.map(lambda x: x.copy() if is_array(x) else x, found[key])
 
@@ -96,7 +96,7 @@ def _remembering(function):
 
 
 def changed(config, *, model=None, data=None, optimizer=None, **top):
-    """Changes settings of the model, the data, the optimizer, and of the run."""
+    """Change settings of the model, the data, the optimizer and the run."""
     task = replace(
         config.task,
         model=replace(config.task.model, **model or {}),
@@ -111,13 +111,13 @@ def changed(config, *, model=None, data=None, optimizer=None, **top):
 
 
 def named(name):
-    """Takes a name such as "cautious_adamw" apart, into settings."""
+    """Return the settings for a name such as "cautious_adamw"."""
     base = name.removeprefix("cautious_")
     return {"optimizer": base, "caution": base != name}
 
 
 def run_command(name, arguments):
-    """Runs a command of the program in this process."""
+    """Run a command of the program in this process."""
     arguments = [str(argument) for argument in arguments]
     return command_line.main(
         "python -m examples.llama", EXPERIMENT, COMMANDS, [name, *arguments]
@@ -129,7 +129,7 @@ def without_times(records):
 
 
 def train(config, run_dir, **options):
-    """Trains in this process, and returns all records that are yielded."""
+    """Train in this process, and return all records that are yielded."""
     yielded = loop.training(config, run_dir, **options)
     return without_times(itertools.chain.from_iterable(yielded))
 
@@ -139,10 +139,10 @@ def read_log(run_dir):
 
 
 class Process:
-    """A process, which writes to a file, so that it never waits for a reader."""
+    """A process that writes to a file, so that it never blocks on its output."""
 
     def __init__(self, arguments, environment):
-        """Starts it."""
+        """Start the process."""
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._popen = subprocess.Popen(
             arguments,
@@ -153,20 +153,21 @@ class Process:
         )
 
     def finish(self):
-        """Waits for its end, and returns how it exited and what it said."""
-        try:
-            code = self._popen.wait(timeout=300)
-        finally:
-            self._popen.kill()
-        self._output.seek(0)
-        return code, self._output.read()
+        """Wait for the process, and return its exit code and output."""
+        with self._output:
+            try:
+                code = self._popen.wait(timeout=300)
+            finally:
+                self._popen.kill()
+            self._output.seek(0)
+            return code, self._output.read()
 
 
 class Command:
-    """The command that trains, in processes of its own."""
+    """The ``train`` command, in processes of its own."""
 
     def __init__(self, config, directory):
-        """Writes the settings into a directory."""
+        """Write the settings to a directory."""
         file = directory / "options.json"
         file.write_text(to_json(config))
         self._module = f"examples.{config.task.name}"
@@ -178,7 +179,7 @@ class Command:
         }
 
     def start(self, run_dir, *options, program=None, **env):
-        """Starts it; ``program`` runs it, and ``env`` is for its environment."""
+        """Start the command, with ``program`` as its program and ``env`` added."""
         program = program or ("-m", self._module)
         options = [*self._options, "--run-dir", run_dir, *options]
         return Process(
@@ -186,17 +187,17 @@ class Command:
         )
 
     def run(self, run_dir, *options, **arguments):
-        """Runs it to its end, and returns how it exited and what it said."""
+        """Run the command, and return its exit code and output."""
         return self.start(run_dir, *options, **arguments).finish()
 
     def run_until(self, event, run_dir):
-        """Runs it; at ``(kind, ending, count, signal)``, the signal comes."""
+        """Run the command with a signal at an event: kind, ending, count, signal."""
         script = _AT_AN_EVENT.replace("examples.llama", self._module)
         return self.run(run_dir, program=("-c", script, *map(str, event)))
 
 
 def write_pictures(directory, count=24):
-    """Writes small pictures, each of one colour with a square in another."""
+    """Write small pictures, each of one color with a square in another."""
     generator = np.random.default_rng(0)
     for i in range(count):
         ground, figure = generator.integers(0, 256, (2, 3), np.uint8)

@@ -1,1 +1,1 @@
-"""What the Llama trains on: text, from files or streamed, as batches of tokens."""
+"""Training data of the Llama: text, from files or streamed, as batches of tokens."""

@@ -1,4 +1,4 @@
-"""Directories on disk that are made once, each under a key of what it depends on."""
+"""A disk cache of directories, each keyed by everything its content depends on."""
 
 import hashlib
 import json
@@ -17,17 +17,17 @@ _CACHE_VERSION = 2
 
 
 def cached(cache_dir: Path, key: list[Any], fill: Callable[[Path], None]) -> Path:
-    """Returns the directory of a key, filled before if it was not there.
+    """Return the directory of a key; fill it first if it does not exist.
 
     Args:
-        cache_dir: where all such directories are.
-        key: all that the content depends on, as JSON can write it. The version of the
-            package ``tokenizers`` is added.
-        fill: writes the content into a directory that it is given. An ``OSError`` of
-            its is taken for one of writing.
+        cache_dir: the directory of the cache.
+        key: everything the content depends on, serializable as JSON. The version of
+            the package ``tokenizers`` is added.
+        fill: writes the content to the directory it is given. An ``OSError`` that it
+            raises is reported as a failure to write.
 
     Raises:
-        InputError: where the directory cannot be made.
+        InputError: if the directory cannot be created or written.
     """
     text = json.dumps([_CACHE_VERSION, tokenizers.__version__, *key])
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -43,17 +43,17 @@ def cached(cache_dir: Path, key: list[Any], fill: Callable[[Path], None]) -> Pat
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        # NumPy says how much it could not write, and gives no number.
+        # NumPy's errors have no errno, only a message on how much was written.
         raise InputError(
             f"cache_dir: cannot write to {directory.parent} "
-            f"({error.strerror or reason(error)}); make room there, or choose another "
-            "--cache-dir"
+            f"({error.strerror or reason(error)}); free some space or pass another "
+            "--cache-dir."
         ) from error
     return directory
 
 
 def _rename(partial: Path, directory: Path) -> None:
-    """Renames a directory, unless another process wrote the same meanwhile."""
+    """Rename a directory, unless another process has written the same one meanwhile."""
     try:
         os.rename(partial, directory)
     except OSError:

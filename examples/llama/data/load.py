@@ -1,7 +1,7 @@
-"""What a process trains and validates on: text files, or a Hugging Face dataset.
+"""Loading of training and validation data, from text files or a Hugging Face dataset.
 
-Either way each process gets its rows of every batch, and an iterator over the batches
-has a state from which another goes on exactly where it was.
+Either way each process gets its own rows of every batch, and a new iterator over the
+batches can resume from the state of another.
 """
 
 import hashlib
@@ -29,26 +29,27 @@ def load_data(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Data:
-    """Loads the data that the configuration names.
+    """Load the data that the settings name.
 
-    The rows of all processes together are the batch. Of text files, a batch has the
-    same windows whatever the number of processes; of a Hugging Face dataset, it does
-    not, as each process packs its own documents.
+    The rows of all processes make up the batch. With text files, the windows in a batch
+    do not depend on the number of processes. With a Hugging Face dataset they do, since
+    each process packs its own documents.
 
     Args:
-        config: the configuration.
-        vocab_size: tokens in the model's vocabulary.
-        seed: decides the order of the training windows; below ``2**32``.
-        process_index: which of the processes this is.
-        process_count: how many processes share each batch.
+        config: the data settings.
+        vocab_size: vocabulary size of the model.
+        seed: seed of the order of the training windows, below ``2**32``.
+        process_index: index of this process.
+        process_count: number of processes that share each batch.
 
     Raises:
-        InputError: for data or a tokenizer that cannot be had or do not fit.
+        InputError: if the data or the tokenizer cannot be loaded, or do not fit the
+            settings.
 
     Returns:
         Batches of tokens, ``[batch_size / process_count, sequence_length + 1]``, and a
-        fingerprint: of text files, a hash of all documents, and of a dataset, which is
-        never read whole, one of the tokens of all validation batches.
+        fingerprint: a hash of all documents for text files; for a dataset, which is
+        never read completely, a hash of the tokens of all validation batches.
     """
     load = _load_stream if is_streamed(config) else _load_text_files
     return load(config, vocab_size, seed, process_index, process_count)
@@ -61,7 +62,7 @@ def _load_text_files(
     process_index: int,
     process_count: int,
 ) -> Data:
-    """Loads text files."""
+    """Load text files."""
     corpus = load_corpus(config, vocab_size)
     data = Data(
         train_batches(corpus, config, seed, process_index, process_count),
@@ -86,7 +87,7 @@ def _load_stream(
     process_index: int,
     process_count: int,
 ) -> Data:
-    """Loads a Hugging Face dataset."""
+    """Load a Hugging Face dataset."""
     train, validation = open_splits(config)
     tokenizer = stream_tokenizer(train, config, vocab_size)
     batches = stream_batches(
@@ -104,7 +105,7 @@ def _load_stream(
         print(
             f"Corpus: {config.data[0]}, streamed; validation on the first "
             f"{config.validation_batches * config.batch_size:,} windows of "
-            f"{config.validation_split}{', which are trained on too' * same}.",
+            f"{config.validation_split}{', which are also trained on' * same}.",
             flush=True,
         )
     return data

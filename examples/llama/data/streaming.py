@@ -1,7 +1,7 @@
-"""Hugging Face datasets, streamed, from documents to batches of tokens.
+"""Streamed Hugging Face datasets, from documents to batches of tokens.
 
-Each process reads its own documents, tokenizes and packs them as it goes, and shuffles
-among the next windows.
+Each process reads its own documents, tokenizes and packs them on the fly, and shuffles
+the resulting windows locally.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,23 +31,24 @@ from examples.training.checks import InputError, reason, require
 from examples.training.huggingface import Column, Prefetch, Rows, own_share, read_rows
 
 _TOKENIZER_DOCUMENTS = 10_000
-"""Documents of a streamed dataset on which a tokenizer is trained, or tried."""
+"""Documents of a streamed dataset used to train or to check a tokenizer."""
 
 
 def is_streamed(config: DataConfig) -> bool:
-    """Tells whether a source of the configuration is a Hugging Face dataset."""
+    """Return whether a source in the settings is a Hugging Face dataset."""
     return huggingface.is_streamed(config.data)
 
 
 def open_splits(config: DataConfig) -> tuple[Any, Any]:
-    """Opens the dataset that the configuration names.
+    """Open the dataset that the settings name.
 
     Returns:
-        The split to train on and the split to validate on, each a
+        The training split and the validation split, each a
         ``datasets.IterableDataset``.
 
     Raises:
-        InputError: for a dataset that cannot be had, or without such documents.
+        InputError: if the dataset cannot be loaded, or lacks a split or the text
+            column.
     """
     splits = {
         "train_split": config.train_split,
@@ -59,7 +60,7 @@ def open_splits(config: DataConfig) -> tuple[Any, Any]:
 
 
 def stream_tokenizer(train: Any, config: DataConfig, vocab_size: int) -> Tokenizer:
-    """Loads the tokenizer, or trains one on the first documents, or takes that one."""
+    """Load the given tokenizer, or train one on the first documents and cache it."""
     if tokenizer := given_tokenizer(config, vocab_size):
         report_loss(tokenizer, config, _first_documents(train, config))
         return tokenizer
@@ -85,13 +86,13 @@ def stream_tokenizer(train: Any, config: DataConfig, vocab_size: int) -> Tokeniz
 
 
 def _first_documents(dataset: Any, config: DataConfig) -> Iterator[str]:
-    """Yields the documents that say what a tokenizer has to write."""
+    """Yield the documents used to train or to check a tokenizer."""
     texts = islice(read_rows(dataset, _text(config)), _TOKENIZER_DOCUMENTS)
     try:
         yield from tqdm(texts, "Reading", unit="document", leave=False)
     except Exception as error:  # The packages below raise errors of many kinds.
         raise InputError(
-            f"data: cannot read {config.data[0]} ({reason(error)})"
+            f"data: cannot read {config.data[0]} ({reason(error)})."
         ) from error
 
 
@@ -103,23 +104,23 @@ def stream_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset[np.ndarray]:
-    """Makes the training data of a process from a streamed dataset.
+    """Build the training data of a process from a streamed dataset.
 
-    Documents are packed end to end, so every token is in one window. Each process reads
-    its own files; where their number is not a multiple of that of the processes, it
-    reads all of them and keeps its own documents. To go on from a state, the
-    ``shuffle_windows`` windows among which the next is drawn are read again.
+    Documents are packed end to end, so every token is in exactly one window. Each
+    process reads its own files; if their number is not a multiple of the number of
+    processes, it reads all files and keeps its own documents. Resuming from a state
+    reads the current block of ``shuffle_windows`` windows again.
 
     Args:
         dataset: a ``datasets.IterableDataset``.
-        tokenizer: what to tokenize with.
-        config: the configuration.
-        seed: decides the order within the ``shuffle_windows`` windows.
-        process_index: which of the processes this is.
-        process_count: how many processes share each batch.
+        tokenizer: the tokenizer.
+        config: the data settings.
+        seed: seed of the order within each block of ``shuffle_windows`` windows.
+        process_index: index of this process.
+        process_count: number of processes that share each batch.
 
     Returns:
-        This process's rows of each batch, without end.
+        An infinite dataset of this process's rows of each batch.
     """
     tokenize = partial(
         encode, tokenizer=tokenizer, end_of_document=config.end_of_document
@@ -130,19 +131,19 @@ def stream_batches(
     windows = grain.experimental.WindowShuffleIterDataset(
         _Windows(tokens, config.sequence_length + 1),
         window_size=config.shuffle_windows,
-        # The number of the shuffle is added to it, and the sum has to fit 32 bits.
+        # Grain adds the number of the block, and the sum must fit in 32 bits.
         seed=seed % 2**31,
     )
     rows = config.batch_size // process_count
     return Prefetch(
         windows.batch(rows),
-        # A shuffle begins when all its windows are there: read them during the last.
+        # Grain reads a whole block before it yields from it: prefetch the next one.
         max(2, config.shuffle_windows // rows),
     )
 
 
 def first_batches(dataset: Any, tokenizer: Tokenizer, config: DataConfig) -> np.ndarray:
-    """Takes the first windows of a streamed dataset, to validate on.
+    """Take the first windows of a streamed dataset for validation.
 
     Returns:
         Tokens, ``[validation_batches, batch_size, sequence_length + 1]``.
@@ -163,14 +164,14 @@ def first_batches(dataset: Any, tokenizer: Tokenizer, config: DataConfig) -> np.
         have >= count * length,
         f"validation_split: the documents of {config.validation_split!r} fill "
         f"{have // length} windows, too few for {config.validation_batches} batches of "
-        f"{config.batch_size}; pass fewer --validation-batches",
+        f"{config.batch_size}; pass fewer --validation-batches.",
     )
     tokens = np.concatenate(parts)[: count * length]
     return tokens.reshape(config.validation_batches, config.batch_size, length)
 
 
 def _text(config: DataConfig) -> Callable[[Mapping[str, Any]], str]:
-    """Returns a reader of a row's document; a missing one is empty."""
+    """Return a function that reads the document of a row, "" if it is missing."""
     return lambda row: row.get(config.text_column) or ""
 
 
@@ -179,7 +180,7 @@ def _is_text(value: Any) -> bool:
 
 
 class _Windows(grain.IterDataset[np.ndarray]):  # type: ignore[misc]
-    """Concatenates the arrays of its parent and cuts the stream at equal distances."""
+    """Windows of equal length, cut from the concatenated arrays of the parent."""
 
     def __init__(self, parent: grain.IterDataset[np.ndarray], length: int) -> None:
         super().__init__(parent)
@@ -194,7 +195,7 @@ class _WindowIterator(grain.DatasetIterator[np.ndarray]):  # type: ignore[misc]
         super().__init__(parent)
         self._length = length
         self._array: np.ndarray | None = None
-        # The state from which the parent gives the array, and what is cut from it.
+        # The parent's state before the current array, and how much of it is used.
         self._before, self._taken = parent.get_state(), 0
 
     def __next__(self) -> np.ndarray:

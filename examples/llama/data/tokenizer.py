@@ -1,4 +1,4 @@
-"""Tokenizers: trained here or given, their check, and documents turned into tokens."""
+"""Training, loading and checking of tokenizers, and tokenization of documents."""
 
 import functools
 import json
@@ -15,22 +15,23 @@ from examples.llama.config import BYTES, END_OF_DOCUMENT, DataConfig
 from examples.training.checks import InputError, reason, require
 
 DOCUMENTS_AT_ONCE = 32
-"""How many documents to give to ``encode`` where there are many."""
+"""Batch size for calls of ``encode`` on many documents."""
 
 _SAMPLE = 1_000_000
-"""Characters on which a given tokenizer is tested."""
+"""Characters of text on which a given tokenizer is checked."""
 _MOST_LOST = 0.5
-"""Share of them that it may drop."""
+"""Largest share of them that a tokenizer may lose."""
 
 
 def train_tokenizer(
     documents: list[str], vocab_size: int, end_of_document: str
 ) -> Tokenizer:
-    """Trains a byte-level BPE, which can write any text and gives it back exactly."""
+    """Train a byte-level BPE tokenizer, which encodes any text losslessly."""
     require(
         vocab_size > BYTES,
-        f"vocab_size is {vocab_size}: a tokenizer trained here has at least "
-        f"{BYTES + 1} tokens, for {BYTES} bytes and the end of a document",
+        f"vocab_size must be at least {BYTES + 1}, got {vocab_size}: a tokenizer "
+        f"trained here has {BYTES} tokens for the bytes and one for the end of a "
+        "document.",
     )
     print(
         f"Training a tokenizer of {vocab_size} tokens on {len(documents)} documents.",
@@ -50,17 +51,17 @@ def train_tokenizer(
     ids = tokenizer.encode(end_of_document).ids
     require(
         bool(ids) and tokenizer.token_to_id(end_of_document) not in ids,
-        f"end_of_document is {end_of_document!r}: a tokenizer trained here needs what "
-        f"is not a part of text, such as {END_OF_DOCUMENT}",
+        f"end_of_document must not be part of ordinary text, got {end_of_document!r}; "
+        f"pass a token such as {END_OF_DOCUMENT}.",
     )
     return tokenizer
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Loads a tokenizer from a file, or from the Hugging Face hub.
+    """Load a tokenizer from a file or from the Hugging Face Hub.
 
     Raises:
-        InputError: where neither has it.
+        InputError: if it is found in neither place, or cannot be read.
     """
     is_file = Path(name).is_file()
     try:
@@ -69,29 +70,31 @@ def load_tokenizer(name: str) -> Tokenizer:
         )
     except Exception as error:  # The packages below raise errors of many kinds.
         raise InputError(
-            f"tokenizer: {name} is not a tokenizer.json ({reason(error)})"
+            f"tokenizer: {name} is not a valid tokenizer.json ({reason(error)})."
             if is_file
-            else f"tokenizer: there is no file {name}, and none of that name on the "
-            f"Hugging Face hub ({reason(error)})"
+            else f"tokenizer: {name} is neither a file nor a tokenizer on the Hugging "
+            f"Face Hub ({reason(error)})."
         ) from error
-    # Neither belongs into a stream of tokens, and a tokenizer.json may set both.
+    # A tokenizer.json may enable both, but a token stream needs neither.
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    # Text that spells out a special token does not become it. This is never saved.
+    # Text that spells out a special token must not become it. A tokenizer.json does
+    # not store this setting.
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
-    """Writes a tokenizer. Its own method hides that an error is an ``OSError``."""
+    """Save a tokenizer to a file."""
+    # Not tokenizer.save, which does not raise an OSError if it cannot write.
     file.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def given_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer | None:
-    """Loads the tokenizer that the configuration names, if it names one.
+    """Load the tokenizer that the settings name, or return None if they name none.
 
     Raises:
-        InputError: where it cannot be had or does not fit.
+        InputError: if the tokenizer cannot be loaded or does not fit.
     """
     if not config.tokenizer:
         return None
@@ -101,10 +104,10 @@ def given_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer | None:
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: DataConfig, vocab_size: int) -> None:
-    """Checks that a tokenizer goes with the configuration and the model.
+    """Check that a tokenizer fits the settings and the model.
 
     Raises:
-        InputError: naming the setting that does not fit.
+        InputError: if it does not; the message names the setting to change.
     """
     added = tokenizer.get_added_tokens_decoder().values()
     special = [token.content for token in added if token.special]
@@ -112,24 +115,24 @@ def check_tokenizer(tokenizer: Tokenizer, config: DataConfig, vocab_size: int) -
     require(
         config.end_of_document in special,
         f"end_of_document: {config.end_of_document!r} is not a special token of the "
-        f"tokenizer {config.tokenizer}; pass --end-of-document and one that is: "
-        f"{listed or 'it has none'}",
+        f"tokenizer {config.tokenizer}; pass --end-of-document with one that is (it "
+        f"has {listed or 'none'}).",
     )
     size = text_size(tokenizer, config.end_of_document)
     padded = -(-size // 128) * 128
     require(
         size <= vocab_size,
-        f"tokenizer: {config.tokenizer} has {size} tokens and the model's vocab_size "
-        f"is {vocab_size}; pass --vocab-size {size}, or {padded}, which more devices "
-        "divide",
+        f"tokenizer: {config.tokenizer} has {size} tokens, but the model's vocab_size "
+        f"is {vocab_size}; pass --vocab-size {size}, or {padded}, which can be sharded "
+        "over more devices.",
     )
 
 
 @functools.lru_cache(maxsize=2)
 def text_size(tokenizer: Tokenizer, end_of_document: str) -> int:
-    """Counts the ids up to the last that can stand for text or for its end.
+    """Count the ids up to the last one used for text or for the end of a document.
 
-    T5's has a hundred special tokens behind them, which a model need not know.
+    Special tokens after it, such as the hundred of T5's tokenizer, need no embedding.
     """
     added = tokenizer.get_added_tokens_decoder().values()
     special = {token.content for token in added if token.special} - {end_of_document}
@@ -140,46 +143,46 @@ def text_size(tokenizer: Tokenizer, end_of_document: str) -> int:
 def encode(
     documents: list[str], tokenizer: Tokenizer, end_of_document: str
 ) -> np.ndarray:
-    """Tokenizes documents into one stream, ``[tokens]``, each followed by its end."""
+    """Tokenize documents into one stream, ``[tokens]``, each followed by its end."""
     end: Any = tokenizer.token_to_id(end_of_document)
     size = text_size(tokenizer, end_of_document)
     dtype = np.uint16 if size <= 2**16 else np.uint32
     parts = []
     for encoding in _encode_batch(tokenizer.encode_batch_fast, documents):
         ids: np.ndarray = np.array(encoding.ids, np.int64)
-        # Some models, as T5's, have the special tokens among their own pieces, and find
-        # them in the text. A document does not end itself.
+        # Some models, such as T5's, have the special tokens among their own pieces and
+        # find them in the text. Text must not end its own document.
         is_text = (ids != end) & (ids < size)
         parts.append(np.append(ids[is_text], end).astype(dtype))
     return np.concatenate(parts)
 
 
 def _encode_batch(method: Callable[..., list[Any]], documents: list[str]) -> list[Any]:
-    """Tokenizes documents, each by itself, with a method of a tokenizer."""
+    """Tokenize each document separately with a method of a tokenizer."""
     try:
         return method(documents, add_special_tokens=False)
-    except Exception as error:  # The package has no narrower one.
+    except Exception as error:  # The package raises no narrower type.
         raise InputError(
-            f"tokenizer: it cannot tokenize the text ({reason(error)}); give one that "
-            "has an unknown token or bytes, or leave --tokenizer out to train one"
+            f"tokenizer: cannot tokenize the text ({reason(error)}); pass a tokenizer "
+            "with an unknown token or byte fallback, or omit --tokenizer to train one."
         ) from error
 
 
 def report_loss(
     tokenizer: Tokenizer, config: DataConfig, documents: Iterable[str]
 ) -> None:
-    """Warns of the share of the text that a given tokenizer drops, if any.
+    """Warn about the share of the text that a given tokenizer loses, if any.
 
-    A character is lost where no token stands for it but the unknown one, or none at
-    all. White space does not count.
+    A character is lost if it is covered by no token, or only by the unknown token.
+    Whitespace does not count.
 
     Args:
         tokenizer: the tokenizer.
-        config: the configuration that names it.
-        documents: the text, of which the beginning is tried.
+        config: the data settings that name it.
+        documents: the text, of which only the beginning is checked.
 
     Raises:
-        InputError: where most of the text is lost, or cannot be tokenized.
+        InputError: if most of the text is lost, or cannot be tokenized.
     """
     texts: list[str] = []
     room = _SAMPLE
@@ -189,7 +192,7 @@ def report_loss(
         if not room:
             break
     if tokenizer.normalizer:
-        # Else accents that it composes with their letters seem to be left out.
+        # Otherwise combining accents that the normalizer composes would count as lost.
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     marking, lost_ids = _mark_lost(tokenizer, config.end_of_document)
     lost = total = 0
@@ -205,21 +208,22 @@ def report_loss(
     )
     require(
         share <= _MOST_LOST,
-        f"tokenizer: {message}; give one made for such text, or leave --tokenizer out "
-        "to train one",
+        f"tokenizer: {message}; pass a tokenizer made for such text, or omit "
+        "--tokenizer to train one.",
     )
     if lost:
         print(f"Warning: the tokenizer {message}.", flush=True)
 
 
 def _kept(length: int, encoding: Any, lost_ids: list[int]) -> np.ndarray:
-    """Returns a mask of the characters that the tokens cover."""
+    """Compute a mask of the characters that are not lost."""
     kept = np.zeros(length, bool)
     spans: np.ndarray = np.array(encoding.offsets, int).reshape(-1, 2)
     is_lost = np.isin(encoding.ids, lost_ids)
     for start, stop in spans[~is_lost]:
         kept[start:stop] = True
-    # Last, as a space put before a word is said to stand for its first character.
+    # After the loop above: the offsets of a space inserted before a word cover the
+    # first character of the word.
     for start, stop in spans[is_lost]:
         kept[start:stop] = False
     return kept
@@ -228,10 +232,10 @@ def _kept(length: int, encoding: Any, lost_ids: list[int]) -> np.ndarray:
 def _mark_lost(
     tokenizer: Tokenizer, end_of_document: str
 ) -> tuple[Tokenizer, list[int]]:
-    """Returns a tokenizer that marks what the given one drops, and the marks' ids.
+    """Return a tokenizer that marks lost text with tokens, and the ids of these tokens.
 
-    A BPE without an unknown token leaves out what it does not know, and the places that
-    it gives for what comes behind are wrong: it gets one.
+    A BPE model without an unknown token drops unknown text, and the offsets of later
+    tokens are then wrong, so it is given an unknown token.
     """
     written = json.loads(tokenizer.to_str())
     model: Any = written["model"]
@@ -246,7 +250,7 @@ def _mark_lost(
         model["vocab"][unknown] = max(tokenizer.get_vocab().values()) + 1
         marking = Tokenizer.from_str(json.dumps(written))
         marking.encode_special_tokens = True
-    # ``encode`` drops these.
+    # ``encode`` drops the tokens from ``size`` on.
     size = text_size(tokenizer, end_of_document)
     dropped = [token for token, i in tokenizer.get_vocab().items() if i >= size]
     ids = map(marking.token_to_id, [unknown, end_of_document, *dropped])

@@ -1,0 +1,57 @@
+"""What the repository's own files promise: the API page, the Makefile, the version."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import optax_cautious
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_api_page_documents_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    documented = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", page, re.M)
+    assert sorted(documented) == optax_cautious.__all__
+
+
+def test_every_page_is_in_a_table_of_contents():
+    index = (ROOT / "docs" / "index.md").read_text()
+    listed = set(re.findall(r"^(?:.* <)?(\w+)>?$", index, re.M))
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages <= listed
+
+
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: ((?:.*\\\n)*.*)$", makefile, re.M)
+    assert phony
+    targets = phony[1].replace("\\\n", " ").split()
+    shown = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert re.findall(r"^  make (\S+) +\S", shown, re.M) == targets
+
+
+def test_the_workflows_run_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text()
+        used = re.findall(r"run: make ([a-z-]+)$", text, re.M)
+        used += re.findall(r"target: ([a-z-]+)", text)
+        assert used, path
+        assert {*used} <= targets
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_to_files_resolve(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / page).read_text()):
+        assert (ROOT / target).exists(), target
