@@ -1,19 +1,19 @@
-# Each target sets itself up in a virtual environment, .venv, with what it needs.
-# `make help` lists them.
+# Each target installs what it needs into a virtual environment, .venv.
+# `make help` lists the targets.
 
 PYTHON ?= python3
 VENV ?= .venv
 
 BIN := $(VENV)/bin
 
-# One process takes the tests of a file, which share what they set up and compile.
+# All tests of a file run in one process, because they share fixtures and compiled code.
 PYTEST := python -m pytest --numprocesses auto --dist loadfile
 
-# Training on a CPU takes much fresh memory at each step, and glibc can take it in pages
-# of 2 MB. Other systems ignore this.
+# Training on a CPU allocates a lot of memory in each step, which is cheaper in pages of
+# 2 MB. Systems without glibc ignore this.
 TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 
-# The runs of the demo.
+# Where the demo's runs are, and the end of their names.
 PRETRAINED := outputs/llama/comparison
 DEMO := learning_rate=0.002-seed0
 
@@ -23,14 +23,14 @@ DEMO := learning_rate=0.002-seed0
 help:  ## list the targets
 	@awk -F ':.*##  *' '/^[a-z-]+:.*##/ { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.examples  ## train the same small Llama with AdamW and with cautious AdamW (5 minutes)
+demo: $(VENV)/.examples  ## train a small Llama with AdamW and with cautious AdamW (5 minutes)
 	$(TRAIN) -m examples.llama compare
 
-sweep: $(VENV)/.examples  ## the demo's comparison at four learning rates (20 minutes)
+sweep: $(VENV)/.examples  ## repeat the demo's comparison at four learning rates (20 minutes)
 	$(TRAIN) -m examples.llama compare --sweep learning_rate=1e-3,2e-3,4e-3,8e-3 \
 	  --output-dir outputs/llama/sweep
 
-mae: $(VENV)/.examples  ## the same comparison with a small masked autoencoder (5 minutes)
+mae: $(VENV)/.examples  ## train a small masked autoencoder with AdamW and with cautious AdamW (5 minutes)
 	$(TRAIN) -m examples.mae compare
 
 # The demo's two models, each fine-tuned with and without caution.
@@ -42,21 +42,21 @@ glue: $(VENV)/.examples  ## fine-tune the demo's models on two tasks, with five 
 	    --output-dir outputs/glue/$$task || exit; \
 	done
 
-quadratic: $(VENV)/.examples  ## draw the paper's toy problem
+quadratic: $(VENV)/.examples  ## run and plot the paper's toy problem
 	$(BIN)/python -m examples.quadratic
 
-# The question on fine-tuning starts from the demo's models.
-study: $(VENV)/.examples  ## train what the study still lacks (hours), and draw docs/results.md
+# The question about fine-tuning starts from the demo's models.
+study: $(VENV)/.examples  ## train the missing runs of the study (hours), and write docs/results.md
 	$(TRAIN) -m examples.llama compare
 	$(TRAIN) -m benchmarks.study run
 	@$(MAKE) --no-print-directory results
 
-results: $(VENV)/.examples  ## draw docs/results.md from the files in docs/results
+results: $(VENV)/.examples  ## write docs/results.md and its figures from the files in docs/results
 	$(BIN)/python -m benchmarks.study draw
 
-# The TPU's compiler has an environment of its own: where it is installed, JAX looks for
-# a TPU whenever it starts.
-costs: $(VENV)/.examples  ## what caution costs, by the TPU's compiler and on this CPU
+# The TPU compiler has its own environment: where it is installed, JAX looks for a TPU
+# whenever it starts.
+costs: $(VENV)/.examples  ## report what caution costs on a TPU, by its compiler, and on this CPU
 	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.examples
 	$(BIN)/python -m benchmarks.cpu
 	XLA_FLAGS=--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED \
@@ -67,27 +67,27 @@ costs: $(VENV)/.examples  ## what caution costs, by the TPU's compiler and on th
 	.venv-tpu/bin/python -m benchmarks.tpu
 	.venv-tpu/bin/python -m benchmarks.training_step tpu
 
-peers: $(VENV)/.examples $(VENV)/.peers $(VENV)/.parity  ## times beside PyTorch's and timm's optimizers and transformers' Llama
+peers: $(VENV)/.examples $(VENV)/.peers $(VENV)/.parity  ## compare times with the optimizers of PyTorch and timm, and with transformers' Llama
 	$(BIN)/python -m benchmarks.peers
 	$(TRAIN) -m benchmarks.llama
 
-test: $(VENV)/.examples $(VENV)/.hf $(VENV)/.test  ## run all tests, with the docstrings' and the documentation's examples
+test: $(VENV)/.examples $(VENV)/.hf $(VENV)/.test  ## run all tests, including the examples in docstrings and documentation
 	$(BIN)/$(PYTEST)
 
-test-library: $(VENV)/.test  ## run the library's tests alone
+test-library: $(VENV)/.test  ## run only the library's tests
 	$(BIN)/$(PYTEST) --ignore tests/examples
 
-test-floor:  ## run the library's tests on the oldest JAX and Optax it declares
+test-floor:  ## run the library's tests on the oldest supported JAX and Optax
 	@$(MAKE) --no-print-directory VENV=.venv-floor .venv-floor/bin/pip
 	.venv-floor/bin/pip install --quiet --disable-pip-version-check \
 	  --editable '.[test]' jax==0.7.0 jaxlib==0.7.0 optax==0.2.8
 	.venv-floor/bin/$(PYTEST) --ignore tests/examples
 
-test-tpu:  ## test what the TPU's compiler makes of a step; no TPU is needed
+test-tpu:  ## test the memory traffic of a step with the TPU compiler; needs no TPU
 	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.test .venv-tpu/.examples
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_tpu.py
 
-test-parity: $(VENV)/.examples $(VENV)/.test $(VENV)/.parity  ## test exported models in transformers and PyTorch
+test-parity: $(VENV)/.examples $(VENV)/.test $(VENV)/.parity  ## test exported models against transformers and PyTorch
 	$(BIN)/python -m pytest tests/examples/test_llama_export.py \
 	  tests/examples/test_mae_export.py tests/examples/test_glue_export.py
 
@@ -96,16 +96,16 @@ lint: $(VENV)/.examples $(VENV)/.lint  ## run ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-docs: $(VENV)/.docs  ## build the site in build/docs; the notebook runs (2 minutes)
+docs: $(VENV)/.docs  ## build the site in build/docs, which runs the notebook (2 minutes)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
-# Chromium has to be installed: apt install chromium.
-screenshots: docs $(VENV)/.screenshots  ## photograph every page of the site, narrow and wide
+# Requires Chromium: apt install chromium.
+screenshots: docs $(VENV)/.screenshots  ## take narrow and wide screenshots of every page of the site
 	$(BIN)/python docs/screenshots.py
 
-# The wheel is built from the source distribution. It is installed where nothing else is,
-# and passes the docstrings' examples there.
-dist: $(VENV)/.dist  ## build the distribution, check it, and install it in an empty environment
+# The wheel is built from the source distribution, and the docstring examples are run with
+# it in an environment that has only its dependencies and pytest.
+dist: $(VENV)/.dist  ## build the distribution, check it, and test it in an empty environment
 	rm -rf dist build/dist
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
@@ -124,5 +124,5 @@ $(VENV)/bin/pip:
 	  "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...")'
 	@$(PYTHON) -m venv $(VENV)
 
-clean:  ## remove the environments and all that was built
+clean:  ## remove the environments and everything that was built
 	rm -rf .venv .venv-floor .venv-newest .venv-tpu .jax_cache build outputs

@@ -35,7 +35,7 @@ class Caution(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], **others: Any) -> "Caution":
-        """Collect and validate the settings among the arguments of a function.
+        """Collect and validate the caution settings among a function's arguments.
 
         Args:
           arguments: the function's `locals()`.
@@ -180,7 +180,7 @@ def chain(
     direction: list[optax.GradientTransformation],
     step: list[optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
-    """Chain links, with caution between those of the direction and those of the step.
+    """Chain links that compute the direction, caution, and links that make the step.
 
     The state is that of :func:`optax.chain` over all links.
     """

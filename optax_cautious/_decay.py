@@ -14,7 +14,7 @@ from optax_cautious._trees import Mask
 def decayed_weights(
     weight_decay: optax.ScalarOrSchedule, mask: Mask, cautious_decay: bool
 ) -> optax.GradientTransformation:
-    """Build the weight decay of a named optimizer, whose updates point up the loss."""
+    """Build the weight decay of a named optimizer, for updates that point uphill."""
     if cautious_decay:
         return add_cautious_decayed_weights(weight_decay, mask)
     return optax.add_decayed_weights(weight_decay, mask)
@@ -29,7 +29,7 @@ def add_cautious_decayed_weights(
     r"""Add weight decay where it does not oppose the incoming update.
 
     With :math:`u` the update, :math:`\theta` the parameters, :math:`\lambda` the
-    strength of the decay, and :math:`s = 1` for an update that points up the loss
+    strength of the decay, and :math:`s = 1` for an update that still points uphill
     (``direction="ascent"``) and -1 for one that will be added to the parameters:
 
     .. math::
@@ -61,10 +61,11 @@ def add_cautious_decayed_weights(
       weight_decay: non-negative scalar, possibly traced, or a schedule.
       mask: a tree of bools with the structure of the parameters, or a prefix of it, or
         a function of the parameters that returns one. Leaves at True decay. Under
-        :func:`optax.inject_hyperparams` name a function in ``static_args``.
-      direction: ``"ascent"`` for an update that still points up the loss, as behind
+        :func:`optax.inject_hyperparams`, list ``mask`` in ``static_args`` if it is a
+        function.
+      direction: ``"ascent"`` for an update that still points uphill, as after
         ``optax.scale_by_*``; ``"descent"`` for one that will be added to the
-        parameters, as behind a complete optimizer. In both cases a positive decay
+        parameters, as after a complete optimizer. In both cases, a positive decay
         shrinks the weights.
 
     Returns:

@@ -40,10 +40,10 @@ with the gradient of the last micro-batch. Put it inside:
 def provide_gradient(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Pass the incoming updates to ``tx`` as the extra argument ``grad`` as well.
+    """Also pass the incoming updates to ``tx`` as the extra argument ``grad``.
 
     The incoming updates of a whole optimizer are the gradient, so a :func:`cautious`
-    anywhere in ``tx`` receives it without any change to the caller. Wrap the whole
+    anywhere in ``tx`` receives it, and the caller need not change. Wrap the whole
     optimizer::
 
       tx = provide_gradient(optax.chain(optax.adamw(3e-4), cautious()))
@@ -60,7 +60,7 @@ def provide_gradient(
 
     Raises:
       TypeError: if ``tx`` is not a transformation, or is an
-        :class:`optax.MultiSteps`, which must be the outer of the two.
+        :class:`optax.MultiSteps`, which must be the outer one.
 
     Examples:
       >>> import jax.numpy as jnp

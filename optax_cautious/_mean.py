@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-# Up to this many coordinates a temporary is cheaper than avoiding it.
+# Up to this size, a temporary is cheaper than avoiding it.
 SMALL = 2**16
 
 
@@ -31,9 +31,9 @@ def fraction_on_cpu(
 ) -> jax.Array:
     """Sum groups of fewer than 32 elements in int8, then sum the groups.
 
-    XLA:CPU fuses the producer into a reduction as short as this. The input of a longer
-    one it first stores, here as four bytes per coordinate, and allocating memory is
-    expensive on a CPU.
+    XLA:CPU fuses such a short reduction with the computation of its input. It stores
+    the input of a longer one first, here with four bytes per coordinate, and allocating
+    memory is expensive on a CPU.
     """
     if not axes or jax.typeof(mask).sharding.spec[-1] is not None:
         # An axis that the type declares sharded cannot be reshaped into groups.

@@ -14,7 +14,7 @@ from optax_cautious._settings import AxisName, Direction, Rule, merge, split
 
 
 class Agreement(NamedTuple):
-    """The a_i of a leaf: int8, -1, 0 or 1; 0 where either side is NaN.
+    """The a_i of a leaf: -1, 0 or 1 as int8; 0 where either side is NaN.
 
     Both fields hold the same values. They are separate expressions where recomputing
     them moves less memory than storing them.
@@ -56,14 +56,15 @@ def apply(
     return _by_inner_product(us, gs, arrays, rule=static, stacked=0)
 
 
-# jax.jit traces leaves of equal shape once, and outside of jit makes each one call.
-# Whole leaves are computed with jax.lax, which traces three times as fast as jax.numpy.
+# With jax.jit, leaves of equal shape are traced once, and outside of jit each leaf is
+# one call. Operations on whole leaves use jax.lax, which traces three times as fast as
+# jax.numpy.
 @functools.partial(jax.jit, static_argnames="direction")
 def agreement(u: jax.Array, g: jax.Array, *, direction: Direction) -> jax.Array:
     """Return a_i = s * sign(u_i) * sign(g_i), or 0 where either side is NaN.
 
-    s is -1 for "descent", where an update that is added to the parameters agrees if it
-    opposes the gradient, and 1 for "ascent".
+    s is -1 for "descent", since an update that is added to the parameters agrees if its
+    sign is opposite to the gradient's, and 1 for "ascent".
 
     The signs are multiplied, never the values: u_i * g_i underflows to zero long before
     either factor does. For complex leaves a_i = s * sign(Re(u_i * conj(g_i))).
@@ -163,7 +164,8 @@ def _scale(rule: Rule, a: jax.Array, stacked: int, dtype: DTypeLike) -> ArrayLik
     if rule.axis_name is not None:
         total, live = lax.pmean((total, live), rule.axis_name)
         n = n * lax.psum(1, rule.axis_name)
-    # Both are fractions of n. Where nothing is live, nothing is rescaled.
+    # Both are fractions of n. A coordinate is live if it is not neutral.
+    # A slice without live coordinates is not rescaled.
     if rule.renormalize == "clamp":
         min_fraction = jnp.asarray(jnp.real(rule.min_fraction), dtype)
         scale = live / jnp.maximum(total, min_fraction * live)

@@ -34,7 +34,7 @@ class Rule(NamedTuple):
 
 
 def checked(rule: Rule) -> Rule:
-    """Validate a rule, and return it hashable except for arrays among its numbers.
+    """Validate a rule and make it hashable, except for numbers that are arrays.
 
     Raises:
       ValueError: for an invalid setting.

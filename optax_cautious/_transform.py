@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 def _takes(
     is_right: Callable[..., bool], message: str
 ) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """Raise a TypeError with `message` for a call of the wrong form."""
+    """Build a decorator that raises a TypeError with `message` for invalid calls."""
 
     def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
         @functools.wraps(function)  # inject_hyperparams inspects the signature.
@@ -105,23 +105,23 @@ def cautious(
     gradient.
 
     If the update contains weight decay, as that of :func:`optax.adamw` does, the decay
-    is masked with it; the named optimizers, such as :func:`cautious_adamw`, mask only
-    the update.
+    is masked too. The named optimizers, such as :func:`cautious_adamw`, mask only the
+    update.
 
-    A step may be all zeros, even twice in a row, long before convergence: the momentum
-    may oppose the gradient everywhere. A stopping rule based on the size of the step
-    would then stop; use the size of the gradient instead.
+    A step may be zero, even several times in a row, long before convergence: the
+    momentum may oppose the gradient everywhere. A stopping rule based on the size of
+    the step would then stop; use the size of the gradient instead.
 
     Args:
-      direction: ``"ascent"`` after ``optax.scale_by_*``, whose update still points up
-        the loss, and after a negative learning rate, which maximizes; ``"descent"``
-        after a complete optimizer, whose update is added to the parameters. With the
-        wrong direction the first step is zero, and so is its aligned fraction.
-      alignment: unit whose agreement is judged. ``"element"``: each coordinate, as
-        above. ``"leaf"``: each leaf by its inner product with the gradient, with weight
-        1 if :math:`s \langle u, g \rangle \ge 0` and ``opposed_weight`` otherwise.
+      direction: ``"ascent"`` after ``optax.scale_by_*``, whose update still points
+        uphill, and after a negative learning rate, which maximizes; ``"descent"`` after
+        a complete optimizer, whose update is added to the parameters. With the wrong
+        direction, the first step is zero, and so is its aligned fraction.
+      alignment: what is compared with the gradient. ``"element"``: each coordinate, as
+        above. ``"leaf"``: each leaf, by its inner product with the gradient; its weight
+        is 1 if :math:`s \langle u, g \rangle \ge 0` and ``opposed_weight`` otherwise.
         ``"tree"``: all leaves together, by the inner product over all of them. The
-        latter two do not rescale, which would cancel the weight: ``renormalize``,
+        latter two do not rescale, since that would cancel the weight: ``renormalize``,
         ``min_fraction`` and ``neutral`` only affect ``"element"``.
       opposed_weight: scalar in [-1, 1]; may be traced, in which case its range is not
         checked. The weight of a coordinate that disagrees: 0 is Cautious, 1 the base
@@ -147,13 +147,13 @@ def cautious(
         ``None`` means 0 everywhere.
       axis_name: name or names of the mapped axes along which the leaves are split
         evenly in ``jax.shard_map`` or ``jax.pmap``. Not needed elsewhere: under
-        ``jax.jit`` the fraction of a sharded leaf is global already. Must not be set
-        for replicated leaves (separate them with ``optax.partition``), nor to an axis
-        that splits the ``stacked`` axes.
+        ``jax.jit`` the fraction of a sharded leaf is already global. Must not be set
+        for replicated leaves (separate them with ``optax.partition``), nor include an
+        axis that splits a ``stacked`` axis.
       mask: a tree of bools with the structure of the updates, or a prefix of it, or a
         function of the updates that returns one. Leaves at False pass unchanged. Under
-        :func:`optax.inject_hyperparams`, name ``mask`` and ``stacked`` in
-        ``static_args`` if they are set, or Optax turns them into hyperparameters.
+        :func:`optax.inject_hyperparams`, list ``stacked`` in ``static_args``, and
+        ``mask`` if it is a function, or Optax turns them into hyperparameters.
       monitor: whether the state records the fraction of coordinates that agreed, over
         all leaves in the mask. Read it with
         ``optax.tree.get(state, "aligned_fraction")``. A zero update does not agree, so
@@ -161,16 +161,16 @@ def cautious(
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` whose ``update`` takes the
-      gradient as the keyword ``grad``, a tree like the updates, and returns the updates
-      in their own dtypes, integers as float32. Its state is empty, or a
-      :class:`CautiousState` with ``monitor=True``. An update that is NaN, or infinite
-      and opposed, results in NaN; a finite update stays finite, whatever its gradient,
-      unless rescaling makes it overflow.
+      gradient, a tree like the updates, as the keyword argument ``grad``. It keeps the
+      dtypes of the updates, except that integers become float32. Its state is empty,
+      or a :class:`CautiousState` with ``monitor=True``. An update that is NaN, or
+      infinite and opposed, results in NaN; a finite update stays finite, whatever its
+      gradient, unless rescaling makes it overflow.
 
     Raises:
       ValueError: for an argument outside its range; in ``update``, if the gradient is
         missing or does not match the updates in tree, shape or kind.
-      TypeError: if it is called with an optimizer, like :func:`with_caution`.
+      TypeError: if called with an optimizer; that is what :func:`with_caution` takes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -238,36 +238,37 @@ def with_caution(
 
       u_t \leftarrow u_t \cdot w_t / \max(\rho_t, \rho_{\min})
 
-    This equals ``provide_gradient(optax.chain(optimizer, cautious(...)))``, except that
-    the state is the optimizer's own: a run can switch caution on or off at any
-    checkpoint.
+    This is equivalent to ``provide_gradient(optax.chain(optimizer, cautious(...)))``,
+    except that the state is the optimizer's own: a run can turn caution on or off at
+    any checkpoint.
 
     Around links without a learning rate, such as ``optax.scale_by_adam()`` in a chain
-    of your own, set ``direction="ascent"``: their update still points up the loss. With
-    the wrong direction the first step is zero.
+    of your own, set ``direction="ascent"``: their update still points uphill. With the
+    wrong direction, the first step is zero.
 
-    Caution must act last on the step, and the optimizer must not assume that its update
-    is applied unchanged. So put ``with_caution`` inside :class:`optax.MultiSteps`,
+    The cautious update must be applied as it is, apart from its length and weight
+    decay, and the optimizer must not assume that its own update is applied. So put
+    ``with_caution`` inside :class:`optax.MultiSteps`,
     :func:`optax.contrib.schedule_free`, :func:`optax.contrib.mechanize` and line
     searches, around the optimizer that they wrap; docs/usage.md has a table.
 
     Args:
       optimizer: the transformation to make cautious. Its incoming updates must be the
         gradient.
-      direction: ``"ascent"`` if the optimizer's update points up the loss, as that of
-        ``optax.scale_by_*`` or of an optimizer with a negative learning rate;
+      direction: ``"ascent"`` if the optimizer's update points uphill, as that of
+        ``optax.scale_by_*`` or of an optimizer with a negative learning rate does;
         ``"descent"`` if it is added to the parameters. For this and all following
         arguments see :func:`cautious`.
-      alignment: unit whose agreement is judged.
+      alignment: whether elements, leaves or the whole tree are compared.
       opposed_weight: weight of a coordinate that disagrees.
       renormalize: how the surviving coordinates are rescaled.
-      min_fraction: lower bound of the fraction by which the update is divided.
+      min_fraction: lower bound on the fraction by which the update is divided.
       neutral: treatment of coordinates whose update or gradient is zero or NaN.
       stacked: number of leading axes along which leaves are stacked.
       axis_name: mapped axes along which the leaves are split.
       mask: which leaves caution applies to.
-      monitor: whether to record the fraction of coordinates that agreed. The state is
-        then a pair of the optimizer's state and a :class:`CautiousState`.
+      monitor: whether to record the fraction of coordinates that agreed. If so, the
+        state is a pair of the optimizer's state and a :class:`CautiousState`.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`.
@@ -275,7 +276,7 @@ def with_caution(
     Raises:
       ValueError: see :func:`cautious`.
       TypeError: if ``optimizer`` is not an optimizer, or is an
-        :class:`optax.MultiSteps`, which must be the outer of the two.
+        :class:`optax.MultiSteps`, which must be the outer one.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -317,14 +318,14 @@ def aligned_fraction(
       updates: a tree of updates, arrays of any shape and numeric dtype.
       grad: the gradient, a tree like `updates`.
       direction: ``"descent"`` for updates that are added to the parameters,
-        ``"ascent"`` for updates that point up the loss.
+        ``"ascent"`` for updates that still point uphill.
       stacked: number of leading axes along which separate leaves are stacked; see
         :func:`cautious`.
 
     Returns:
       A tree like `updates` with a float32 scalar in [0, 1] for each leaf, or an array
-      of its stacked axes' shape. A coordinate whose update or gradient is zero or NaN
-      does not agree; the fraction of an empty leaf is 0.
+      with the shape of its stacked axes. A coordinate whose update or gradient is zero
+      or NaN does not agree; the fraction of an empty leaf is 0.
 
     Raises:
       ValueError: for an unknown direction, or if `grad` or `stacked` does not match

@@ -40,7 +40,7 @@ class Pairs(NamedTuple):
         )
 
     def like(self, tree: optax.Updates) -> list[Any]:
-        """List the leaves of a tree like the update at the positions of `leaves`."""
+        """List the leaves of a tree like the update that correspond to `leaves`."""
         both = zip(jax.tree.leaves(tree), self.kept, strict=True)
         return [leaf for leaf, keep in both if keep]
 

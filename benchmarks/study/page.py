@@ -30,15 +30,18 @@ Answers = Mapping[str, Sequence[History]]
 
 _HEAD = """# Results
 
-Does caution help, by how much, and where not? `make results` makes every table and
-figure of this page from the files in [results](results), which `make study` fills; no
-number is typed by hand. All arms of a question are tuned on the same grid (exceptions
-are named) with seed {tuning}, and trained again at their best points with other seeds
-of the weights and of the order of the data, because the best of many runs is partly
-luck. A difference is that of the final validation losses, paired by seed, with
-Student's 95 % interval; where the interval includes zero, the text says "no difference
-seen". The ratio of steps is the steps of the other arm over those that this one needs
-to reach the other's final loss.
+Does caution help, by how much, and where does it not? `make results` generates every
+table and figure on this page from the CSV files linked below, which `make study` fills;
+no number is typed by hand.
+
+A question compares several arms, such as AdamW with and without caution. All arms are
+tuned on the same grid (exceptions are listed) with seed {tuning}, and trained again at
+their best points with other seeds for the weights and the data order, because the best
+of many runs is partly luck. A difference is the mean difference of the final validation
+losses (or of the named score), paired by seed, with Student's 95% interval; if it
+includes zero, the table says "no difference seen". The ratio of steps is the number of
+steps of the other arm divided by the number that this arm needs to reach the other's
+final loss.
 """
 
 
@@ -64,7 +67,7 @@ def draw(results_dir: Path = RESULTS, page: Path = DOCS / "results.md") -> None:
     if missing:
         lines += ["## Not answered yet", "", f"{', '.join(missing)}.", ""]
     page.write_text("\n".join(lines))
-    print(f"Written: {page}")
+    print(f"Wrote {page}")
 
 
 def table(question: Question, histories: Sequence[History]) -> str:
@@ -75,7 +78,7 @@ def table(question: Question, histories: Sequence[History]) -> str:
         "settings",
         f"{what} (range)",
         "compared with",
-        "difference (95 % interval)",
+        "difference (95% interval)",
         "",
         *["ratio of steps (range)"] * (not question.score),
     )
@@ -169,7 +172,8 @@ def _section(
         f"{count_parameters(config.task):,} parameters, {config.steps} steps of "
         f"{config.task.describe()}. Tried: {tried}. "
         + "".join(f"{exception} " for exception in exceptions)
-        + f"Compared with seeds {', '.join(map(str, question.seeds))}. {question.note}",
+        + f"Final comparison on seeds {', '.join(map(str, question.seeds))}. "
+        + question.note,
         "",
         table(question, histories),
         "",
@@ -178,9 +182,9 @@ def _section(
     compared = compare_all(question, histories)
     if len(question.arms) == 2:
         lines += [
-            f"- {found.arm.title}: {found.near_own} of {found.points} points are "
+            f"- {found.arm.title}: of {found.points} points, {found.near_own} are "
             f"within {NEAR:g} of its best, {found.best:.4f}, and {found.near_all} "
-            f"within {NEAR:g} of the best of both (seed {TUNING_SEED})."
+            f"within {NEAR:g} of the best of both arms (seed {TUNING_SEED})."
             for found in robustness(question, histories)
         ]
         tuning = [h for h in histories if h.run.seed == TUNING_SEED]
@@ -223,22 +227,22 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
         "parameters",
         "AdamW at",
         "cautious AdamW at",
-        "difference (95 % interval)",
+        "difference (95% interval)",
         "",
         "ratio of steps (range)",
         "seeds",
     )
     return [
-        "## Does it grow or shrink with size?",
+        "## Does the effect grow or shrink with model size?",
         "",
-        "The same text, tokens and steps, so that a larger model sees fewer tokens per "
-        "parameter. None is trained for as long as a model of its size usually is, and "
-        "the largest has a hundredth of the parameters of a 1B: whether the difference "
-        "lasts there, these runs cannot tell.",
+        "All sizes see the same text, tokens and steps, so larger models see fewer "
+        "tokens per parameter. None is trained for as long as is usual for its size, "
+        "and the largest has a hundredth of the parameters of a 1B model: these runs "
+        "cannot tell whether the difference persists there.",
         "",
         markdown_table(rows, header),
         "",
-        "![What caution gains, over the size of the model](results/sizes.png)",
+        "![Gain from caution against model size](results/sizes.png)",
         "",
     ]
 
@@ -286,10 +290,10 @@ def _times(answers: Answers) -> list[str]:
     return [
         "## In time, not steps?",
         "",
-        "Arms that were tuned at the same point took turns in one process, 50 steps "
-        "each, on one core of a CPU whose other core was in use. Seconds per step: for "
-        "each pair of runs, the median time of a step with one arm over that with the "
-        "other. Ratio of times: the ratio of steps divided by it.",
+        "Arms at the same grid point took turns in one process, 50 steps at a time, on "
+        "one core of a CPU whose other core was busy. Seconds per step, ratio: for "
+        "each pair of runs, the median step time of the arm divided by that of the arm "
+        "it is compared with. Ratio of times: the ratio of steps divided by this.",
         "",
         markdown_table(rows, header),
         "",

@@ -134,9 +134,9 @@ def _family(rates: tuple[str, ...]) -> tuple[Arm, ...]:
 
 
 _OF_RULE = (
-    "All at b1 0.9. The ten variants are compared with the published rule, cautious "
-    "AdamW, and with AdamW. Where none differs, at least one of ten intervals of 95 % "
-    "excludes zero in two of five such tables."
+    "All at b1 0.9. The ten variants are compared with cautious AdamW, the published "
+    "rule, and with AdamW. If none of them differed, two in five such tables would "
+    "still have at least one 95% interval, of ten, that excludes zero."
 )
 
 
@@ -151,7 +151,7 @@ def _after(pretrained: str, caution: bool, against: tuple[str, ...]) -> Arm:
 
 QUESTIONS: dict[str, Question] = {
     "adamw": Question(
-        "Does it help AdamW when both are tuned?",
+        "Does caution help AdamW when both are tuned?",
         _LLAMA,
         {
             "learning_rate": ("0.002", "0.004", "0.008"),
@@ -160,7 +160,7 @@ QUESTIONS: dict[str, Question] = {
         _with_and_without(),
     ),
     "size-0.3m": Question(
-        "A smaller Llama",
+        "A Llama of 0.3 million parameters",
         _SMALL,
         {
             "learning_rate": (*_RATES, "0.016"),
@@ -183,7 +183,7 @@ QUESTIONS: dict[str, Question] = {
         seeds=(1, 2),
     ),
     "rule": Question(
-        "Which part of the rule does it?",
+        "Which part of the rule matters?",
         _LLAMA,
         {"learning_rate": _OF_DEMO},
         _family(_OF_DEMO),
@@ -191,7 +191,7 @@ QUESTIONS: dict[str, Question] = {
         note=_OF_RULE,
     ),
     "rule-0.3m": Question(
-        "Which part of the rule does it, in a smaller Llama?",
+        "Which part of the rule matters, in a smaller Llama?",
         _SMALL,
         {"learning_rate": _OF_SMALL},
         _family(_OF_SMALL),
@@ -222,7 +222,7 @@ QUESTIONS: dict[str, Question] = {
         note="All at b1 0.9.",
     ),
     "lion": Question(
-        "Does it help Lion?",
+        "Does caution help Lion?",
         _LLAMA,
         {
             "learning_rate": ("0.00025", "0.0005", "0.001", "0.002"),
@@ -232,7 +232,7 @@ QUESTIONS: dict[str, Question] = {
         note="b2, the decay of Lion's momentum, is 0.95.",
     ),
     "muon": Question(
-        "Does it help Muon?",
+        "Does caution help Muon?",
         _LLAMA,
         {"learning_rate": ("0.002", "0.004", "0.008"), "b1": ("0.8", "0.9", "0.95")},
         (
@@ -247,13 +247,13 @@ QUESTIONS: dict[str, Question] = {
         note="Embedding, head and norms are left to AdamW, with the same b1.",
     ),
     "mae": Question(
-        "Does it help a masked autoencoder?",
+        "Does caution help a masked autoencoder?",
         _MAE,
         {"learning_rate": _RATES, "b1": ("0.8", "0.9", "0.95")},
         _with_and_without(),
     ),
     "glue": Question(
-        "Does it help in fine-tuning?",
+        "Does caution help in fine-tuning?",
         replace(GLUE["package"], checkpoint_every=GLUE["package"].steps),
         {"learning_rate": ("0.002", "0.004", "0.008")},
         (
@@ -268,8 +268,8 @@ QUESTIONS: dict[str, Question] = {
         ),
         drop_in=False,
         score="accuracy",
-        note="The two models are those of `make demo`, one seed each, so that the "
-        "difference between them is that of two runs and not of two optimizers. "
+        note="The two pretrained models are those of `make demo`, with one seed each, "
+        "so the difference between them reflects two runs, not two optimizers. "
         "[glue.md](glue.md) describes the task, `package`.",
     ),
 }

@@ -31,9 +31,9 @@ class DataConfig:
     """Labelled texts, or labelled pairs of texts."""
 
     data: tuple[str, ...] = ()
-    """A CSV, TSV, JSON lines or Parquet file. Or a Hugging Face dataset: hf:NAME or
-    hf:NAME:CONFIG, such as hf:nyu-mll/glue:mrpc; NAME may be a local directory. Empty:
-    a task built from the source of the Python standard library, see --made."""
+    """A CSV, TSV, JSON lines or Parquet file; or a Hugging Face dataset, hf:NAME or
+    hf:NAME:CONFIG, such as hf:nyu-mll/glue:mrpc, where NAME may be a local directory.
+    Empty: a task built from the source of the Python standard library; see --made."""
     made: Literal["package", "docstring"] = "package"
     """Task to build if --data is not given. package: which package is this snippet from
     (one text, eight labels)? docstring: does this docstring belong to this function

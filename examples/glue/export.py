@@ -25,8 +25,9 @@ from examples.training.trained import Source, load_trained
 def export(source: Source, output_dir: Path) -> None:
     """Export a fine-tuned model in Hugging Face's format.
 
-    The model expects its input as in training: the start-of-document token before each
-    text, for a pair before both, and padding on the right with the same token.
+    The model expects the same input as in training: the start-of-document token before
+    each text (also before the second text of a pair), and padding on the right with the
+    same token.
 
     Args:
         source: the checkpoint to export.

@@ -51,10 +51,11 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Parameters, logits and loss are always float32."""
     remat: bool = False
-    """Keep only the input of each block for the backward pass and recompute the
-    remaining activations. Saves most of their memory for a third more computation."""
+    """Store only the input of each block for the backward pass and recompute its other
+    activations. Saves most of the activation memory for a third more computation."""
     unroll: int = 3
-    """Blocks per iteration of the scan over the blocks. More take longer to compile."""
+    """Blocks per iteration of the scan over the blocks. Higher values take longer to
+    compile."""
 
     @property
     def architecture(self) -> dict[str, float]:
@@ -113,7 +114,7 @@ class DataConfig:
     cache_dir: Path = field(default_factory=_default_cache_dir)
     """Cache for tokenizers trained here and for the tokens of text files."""
     validation_fraction: float = 0.1
-    """Share of the documents held out for validation. Text files only."""
+    """Fraction of the documents held out for validation. For text files only."""
     shuffle_windows: int = 10_000
     """Number of windows over which each process shuffles a streamed dataset."""
     sequence_length: int = 128

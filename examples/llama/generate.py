@@ -46,11 +46,12 @@ class Sampling:
     """
 
     temperature: float = 1.0
-    """Divides the logits: values below 1 favor likely tokens. 0 is greedy decoding."""
+    """Divisor of the logits: values below 1 favor likely tokens. 0: greedy decoding."""
     top_k: int | None = 50
-    """Sample from this many most likely tokens. None: from all tokens."""
+    """Sample from this many of the most likely tokens. None: from all tokens."""
     top_p: float = 1.0
-    """Sample from the fewest most likely tokens whose probabilities add up to this."""
+    """Sample from the smallest set of most likely tokens with at least this total
+    probability."""
 
     def __post_init__(self) -> None:
         """Validate the settings."""

@@ -211,7 +211,7 @@ EXPERIMENT = Experiment(
     PRESETS,
     "demo: a tiny model on the source of the Python standard library. c-optim: the "
     "command in the README of the paper's code, and the recipe of the paper's first "
-    "version: 60m on C4, 10 000 steps of 512 x 1024 tokens, b2 0.999, no weight decay. "
+    "version: 60m on C4, 10,000 steps of 512 x 1024 tokens, b2 0.999, no weight decay. "
     "paper: Table 1 of the paper since its second version: 100m, 50 billion tokens, "
     "2 million per step, b2 0.95, weight decay 0.1; for Lion pass --b1 0.95 --b2 0.98.",
     MODELS,

@@ -122,8 +122,8 @@ class DataConfig:
     """The images and their preprocessing."""
 
     data: tuple[str, ...] = ()
-    """Image files or directories of images. Or one Hugging Face dataset, streamed:
-    hf:NAME or hf:NAME:CONFIG, such as hf:ILSVRC/imagenet-1k; NAME may be a local
+    """Image files or directories of images; or a single Hugging Face dataset to stream,
+    hf:NAME or hf:NAME:CONFIG, such as hf:ILSVRC/imagenet-1k, where NAME may be a local
     directory. Empty: all glyphs of the fonts that ship with matplotlib."""
     image_column: str = "image"
     """Image column of a Hugging Face dataset."""
@@ -132,16 +132,16 @@ class DataConfig:
     validation_split: str = "validation"
     """Validation split of a Hugging Face dataset."""
     validation_fraction: float = 0.1
-    """Fraction of the images held out for validation; for glyphs, fraction of the
+    """Fraction of the images held out for validation; for glyphs, the fraction of the
     characters."""
     shuffle_images: int = 1000
-    """Images in the shuffle window of each process, for a streamed dataset."""
+    """Number of images over which each process shuffles a streamed dataset."""
     workers: int = 0
     """Worker processes that read and prepare images. 0: threads of the main process,
     which a Hugging Face dataset always uses."""
     crop_min: float | None = None
-    """Train on random crops that cover at least this fraction of the image area.
-    Defaults to the largest centered square, as in validation."""
+    """Train on random crops that cover at least this fraction of the image area. By
+    default, train on the largest centered square, as in validation."""
     flip: bool = False
     """Flip training images horizontally with probability 0.5."""
     batch_size: int = 128

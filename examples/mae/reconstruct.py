@@ -21,7 +21,7 @@ def reconstruct(
 ) -> None:
     """Draw validation images, their visible patches, and the model's reconstructions.
 
-    If the model predicts normalized pixels, each patch is drawn with the mean and
+    If the model predicts normalized pixels, each patch is drawn with the mean and the
     standard deviation of the original.
 
     Args:

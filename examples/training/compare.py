@@ -229,16 +229,16 @@ def compare(
     """Train optimizers with and without caution, and compare them.
 
     Args:
-        optimizers: optimizers to compare. Defaults to the one of --optimizer.
+        optimizers: optimizers to compare. Defaults to the one given by --optimizer.
         sweep: settings and their values, as in learning_rate=1e-3,2e-3 b1=0.9,0.98; all
             combinations are trained. Settings of caution are swept in the cautious runs
             only.
         seeds: seeds of the weights and the data order; each combination is trained with
-            each seed. Defaults to the one of --seed.
+            each seed. Defaults to the one given by --seed.
         output_dir: directory for report.md, report.csv, report.png, aligned.png and one
             subdirectory per run. Defaults to a directory in outputs/.
         together: let the optimizers of one point and seed take turns, so that their
-            times are comparable; all are in memory at once.
+            times are comparable. All their models are in memory at once.
         config: all other settings.
     """
     optimizers = optimizers or (config.optimizer.optimizer,)

@@ -1,7 +1,7 @@
 """The command that compiles a training step ahead of time for a TPU slice.
 
-It compiles the same step as ``train`` on this machine's CPU, and prints the memory and
-traffic of each device. Nothing is executed. It requires the ``tpu`` extra.
+On this machine's CPU, it compiles the same step that ``train`` runs, and prints the
+memory and traffic of each device. Nothing is executed. It requires the ``tpu`` extra.
 """
 
 import math

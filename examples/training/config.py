@@ -27,7 +27,7 @@ class TrainConfig(Generic[T]):
     """Number of parts into which each batch is split, to save memory; gradients are
     accumulated over the parts and averaged."""
     log_every: int = 25
-    """Steps between log writes. The log has a line for every step."""
+    """Steps between log writes. The log still has a line for every step."""
     eval_every: int = 25
     """Steps between evaluations on the validation data."""
     checkpoint_every: int = 100

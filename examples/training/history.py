@@ -225,7 +225,7 @@ def write_point(point: Point) -> str:
 
 
 class Interval(NamedTuple):
-    """A mean with its 95 % confidence interval."""
+    """A mean with its 95% confidence interval."""
 
     mean: float
     low: float

@@ -32,7 +32,7 @@ class Optimizer:
     cautious: _Constructor | None = None
     """Constructor with caution; None to wrap the base in ``with_caution``."""
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The optimizer's own names of settings, where they differ."""
+    """The optimizer's own names for settings, where they differ."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Options that are always set."""
     unit_steps: bool = True
@@ -98,7 +98,7 @@ class OptimizerConfig:
     """Update parameters only where the update agrees with the gradient."""
     learning_rate: float | None = None
     """Peak learning rate. Defaults to the best of a sweep, if there was one for this
-    model and optimizer."""
+    model and optimizer; otherwise required."""
     b1: float | None = None
     """Decay of the momentum; for Lion, weight of the momentum in the update."""
     b2: float | None = None
@@ -106,35 +106,36 @@ class OptimizerConfig:
     eps: float | None = None
     """Constant added to the denominator."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of the matrices; never masked by caution."""
+    """Decoupled weight decay, except for parameters that the task exempts, such as
+    norms. Never masked by caution."""
     max_grad_norm: float | None = 1.0
-    """Global norm to which larger gradients are clipped."""
+    """Maximum global norm of the gradient; larger gradients are clipped."""
     schedule: ScheduleName = "cosine"
     """Learning-rate schedule after the warm-up: cosine or linear decay to the final
     value, constant, or constant followed by linear decay."""
     warmup_fraction: float = 0.1
-    """Fraction of the steps over which the learning rate grows from zero."""
+    """Fraction of the steps in which the learning rate rises from zero to its peak."""
     decay_fraction: float = 0.2
     """For warmup-stable-decay: fraction of the steps spent on the final decay."""
     final_fraction: float = 0.1
-    """Final learning rate as a fraction of the peak; not for constant."""
+    """Final learning rate as a fraction of the peak; unused with constant."""
     opposed_weight: float = 0.0
     """Caution: weight of coordinates whose update opposes the gradient."""
     min_fraction: float = 1e-3
     """Caution: aligned fraction below which the update is not scaled up further."""
     renormalize: Literal["clamp", "plus_one"] | None = "clamp"
-    """Caution: how to scale up the update; None: do not scale."""
+    """Caution: how to scale up the update. None: do not scale it."""
     neutral: Literal["hold", "follow", "ignore"] = "hold"
     """Caution: what to do where the update or the gradient is exactly zero."""
     alignment: Literal["element", "leaf", "tree"] = "element"
-    """Caution: unit for which agreement is determined: each element, each leaf, or each
+    """Caution: what is compared with the gradient: each element, each leaf, or each
     tree (a layer, or everything outside the layers)."""
     caution_on: Literal["update", "momentum"] = "update"
     """Caution, Muon only: mask the orthogonalized momentum (update), or the momentum
     before orthogonalization (momentum)."""
     cautious_decay: bool = False
-    """Decay weights only where decay does not oppose the update. Works with and without
-    caution."""
+    """Decay weights only where the decay does not oppose the update. Works with and
+    without caution."""
     exempt: tuple[str, ...] = ()
     """Caution: names of parameters, or of modules, to update without caution, as in
     ``--exempt embedding``."""
@@ -285,7 +286,7 @@ def make_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Sch
 
 
 def shared_steps(config: OptimizerConfig, steps: int) -> int | None:
-    """Return how many steps a run shares with a longer one, except for the warm-up.
+    """Return how many steps a run has in common with a longer one, warm-up aside.
 
     These are the steps before the learning rate decays. Return None if the learning
     rate depends on the length of the run from the start.

@@ -107,7 +107,7 @@ def score_differences(histories: Sequence[History]) -> str:
             ]
             if len(both) > 1:
                 rows.append((what, where, name, *_score_interval(both)))
-    header = "difference", "at", "score", "mean", "95 % interval", "seeds"
+    header = "difference", "at", "score", "mean", "95% interval", "seeds"
     return markdown_table(rows, header) if rows else ""
 
 
@@ -226,7 +226,7 @@ def _difference(both: Sequence[tuple[History, History]]) -> str:
     mean, low, high = paired_difference(base, other)
     nothing = " The interval includes zero." if low <= 0 <= high else ""
     return (
-        f"The final losses differ by {mean:+.4f} (95 % confidence interval of the "
+        f"The final losses differ by {mean:+.4f} (95% confidence interval of the "
         f"paired difference {low:+.4f} to {high:+.4f}, {len(both)} seeds).{nothing}"
     )
 

@@ -87,7 +87,7 @@ def train(
 
 
 def warn_of_a_high_rate(config: TrainConfig[Any]) -> None:
-    """Warn of a learning rate larger than typical weights."""
+    """Warn about a learning rate larger than typical weights."""
     row, rate = OPTIMIZERS[config.optimizer.optimizer], config.learning_rate
     if row.unit_steps and rate > 0.3:
         print(

@@ -52,16 +52,17 @@ def cautious_adafactor(
       \theta_{t+1} \leftarrow \theta_t - u_t \cdot w_t / \max(\rho_t, \rho_{\min})
         - \lambda \theta_t
 
-    Without momentum Adafactor's update has the signs of the gradient, and caution only
-    rescales leaves with zero gradients. Unless ``monitor=True``, the state is that of
-    :func:`optax.adafactor`.
+    Without momentum, the signs of Adafactor's update are those of the gradient, and
+    caution only rescales leaves with zero gradients. Unless ``monitor=True``, the state
+    is that of :func:`optax.adafactor`.
 
     Args:
       learning_rate: scalar or schedule; for this and all arguments up to
         `weight_decay_mask` see :func:`optax.adafactor`. To maximize, pass a negative
         number, not a schedule or a traced value: the rate is applied before caution,
         which must know the direction of the update.
-      min_dim_size_to_factor: factor only where two dimensions are this large.
+      min_dim_size_to_factor: factor the second moment only of leaves with at least two
+        dimensions of this size.
       decay_rate: exponent of the second moment's decay.
       decay_offset: the step at which fine-tuning starts.
       multiply_by_parameter_scale: whether to scale by the parameter's norm.
@@ -74,11 +75,11 @@ def cautious_adafactor(
       weight_decay_mask: which leaves to decay.
       cautious_decay: whether to decay only where decay does not oppose the update; see
         :func:`add_cautious_decayed_weights`.
-      alignment: unit whose agreement is judged. For this and all following arguments
-        see :func:`cautious`.
+      alignment: whether elements, leaves or the whole tree are compared. For this and
+        all following arguments see :func:`cautious`.
       opposed_weight: weight of a coordinate whose update opposes the gradient.
       renormalize: how the surviving coordinates are rescaled.
-      min_fraction: lower bound of the fraction by which the update is divided.
+      min_fraction: lower bound on the fraction by which the update is divided.
       neutral: treatment of coordinates whose update or gradient is zero or NaN.
       stacked: number of leading axes along which leaves are stacked.
       axis_name: mapped axes along which the leaves are split.
@@ -115,7 +116,7 @@ def cautious_adafactor(
       <https://arxiv.org/abs/1804.04235>`_, 2018
     """
     # The learning rate is applied before momentum, and so before caution. A negative
-    # one flips the update.
+    # one flips the direction of the update.
     caution = Caution.of(
         locals(),
         direction="descent" if _is_negative(learning_rate) else "ascent",

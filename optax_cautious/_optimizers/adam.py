@@ -55,11 +55,11 @@ def cautious_adam(
       eps_root: added to the denominator inside the square root.
       mu_dtype: dtype of the first moment; that of the parameters by default.
       nesterov: whether to use Nesterov momentum.
-      alignment: unit whose agreement is judged. For this and all following arguments
-        see :func:`cautious`.
+      alignment: whether elements, leaves or the whole tree are compared. For this and
+        all following arguments see :func:`cautious`.
       opposed_weight: weight of a coordinate whose update opposes the gradient.
       renormalize: how the surviving coordinates are rescaled.
-      min_fraction: lower bound of the fraction by which the update is divided.
+      min_fraction: lower bound on the fraction by which the update is divided.
       neutral: treatment of coordinates whose update or gradient is zero or NaN.
       stacked: number of leading axes along which leaves are stacked.
       axis_name: mapped axes along which the leaves are split.

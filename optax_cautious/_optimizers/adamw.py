@@ -62,11 +62,11 @@ def cautious_adamw(
       nesterov: whether to use Nesterov momentum.
       cautious_decay: whether to decay only where decay does not oppose the update; see
         :func:`add_cautious_decayed_weights`.
-      alignment: unit whose agreement is judged. For this and all following arguments
-        see :func:`cautious`.
+      alignment: whether elements, leaves or the whole tree are compared. For this and
+        all following arguments see :func:`cautious`.
       opposed_weight: weight of a coordinate whose update opposes the gradient.
       renormalize: how the surviving coordinates are rescaled.
-      min_fraction: lower bound of the fraction by which the update is divided.
+      min_fraction: lower bound on the fraction by which the update is divided.
       neutral: treatment of coordinates whose update or gradient is zero or NaN.
       stacked: number of leading axes along which leaves are stacked.
       axis_name: mapped axes along which the leaves are split.

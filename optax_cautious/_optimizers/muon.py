@@ -49,11 +49,11 @@ def cautious_muon(
     caution_mask: Mask = None,
     monitor: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""C-Muon: Muon, with its Adam, that does not move against the gradient.
+    r"""C-Muon: Muon, and Adam for other leaves, that do not move against the gradient.
 
     With :math:`O_t` the orthogonalized and scaled momentum of a matrix, or the Adam
-    update of any other leaf, with :math:`\alpha_t, \lambda` the learning rate and the
-    decay of either kind, and :math:`w_t, \rho_t` the weights and their mean as in
+    update of any other leaf, :math:`\alpha_t, \lambda` the learning rate and the decay
+    of its kind of leaf, and :math:`w_t, \rho_t` the weights and their mean as in
     :func:`cautious`:
 
     .. math::
@@ -96,17 +96,17 @@ def cautious_muon(
       adam_weight_decay: strength of the other leaves' decay.
       adam_learning_rate: learning rate of the other leaves; `learning_rate` by default.
       muon_weight_dimension_numbers: which axes of which leaves form matrices.
-      consistent_rms: if given, scale at which the root mean square of an update does
-        not depend on its shape; otherwise updates are scaled by their width.
+      consistent_rms: if given, scale updates so that their root mean square does not
+        depend on their shape, with this factor; by default, scale them by their width.
       cautious_decay: whether to decay only where decay does not oppose the update; see
         :func:`add_cautious_decayed_weights`.
       caution_on: ``"update"`` masks the orthogonalized momentum, ``"momentum"`` masks
         the momentum before orthogonalization.
-      alignment: unit whose agreement is judged. For this and all following arguments
-        see :func:`cautious`.
+      alignment: whether elements, leaves or the whole tree are compared. For this and
+        all following arguments see :func:`cautious`.
       opposed_weight: weight of a coordinate whose update opposes the gradient.
       renormalize: how the surviving coordinates are rescaled.
-      min_fraction: lower bound of the fraction by which the update is divided.
+      min_fraction: lower bound on the fraction by which the update is divided.
       neutral: treatment of coordinates whose update or gradient is zero or NaN.
       stacked: number of leading axes along which leaves are stacked.
       axis_name: mapped axes along which the leaves are split.
@@ -176,7 +176,7 @@ def cautious_muon(
         adam_weight_decay=adam_weight_decay,
         adam_learning_rate=adam_learning_rate,
     )
-    # With a learning rate of -1 the update points up the loss.
+    # With a learning rate of -1, the update points uphill.
     direction = whole(-1.0, beta=beta, nesterov=nesterov)
     momentum = {
         "muon": optax.chain(
@@ -189,8 +189,8 @@ def cautious_muon(
             *[optax.identity()] * 2,
         ),
     }
-    # Without momentum, Muon orthogonalizes its input, and of its state uses only the
-    # coefficients.
+    # Without momentum, Muon orthogonalizes its input, and uses only the coefficients
+    # from its state.
     orthogonalize = whole(-1.0, beta=0.0, nesterov=False)
     step = {
         "muon": optax.chain(
@@ -251,7 +251,7 @@ def cautious_muon(
 def _momentum(
     beta: ArrayLike, nesterov: bool, mu_dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
-    """Build the momentum of :func:`optax.contrib.scale_by_muon`, in its state."""
+    """Build the momentum of :func:`optax.contrib.scale_by_muon`, with its state."""
 
     def update_fn(
         grads: optax.Updates,

@@ -41,7 +41,7 @@ def cautious_sgd(
       \end{align*}
 
     Unless ``monitor=True``, the state is that of :func:`optax.sgd`, and each restores
-    the other's checkpoints. Without momentum the update is the gradient, and caution
+    the other's checkpoints. Without momentum, the update is the gradient, and caution
     only rescales leaves with zero gradients.
 
     Args:
@@ -50,11 +50,11 @@ def cautious_sgd(
       momentum: decay rate of the momentum; none by default.
       nesterov: whether to use Nesterov momentum.
       accumulator_dtype: dtype of the momentum; that of the parameters by default.
-      alignment: unit whose agreement is judged. For this and all following arguments
-        see :func:`cautious`.
+      alignment: whether elements, leaves or the whole tree are compared. For this and
+        all following arguments see :func:`cautious`.
       opposed_weight: weight of a coordinate whose update opposes the gradient.
       renormalize: how the surviving coordinates are rescaled.
-      min_fraction: lower bound of the fraction by which the update is divided.
+      min_fraction: lower bound on the fraction by which the update is divided.
       neutral: treatment of coordinates whose update or gradient is zero or NaN.
       stacked: number of leading axes along which leaves are stacked.
       axis_name: mapped axes along which the leaves are split.

@@ -235,7 +235,7 @@ def test_a_page_of_answers_is_drawn(tmp_path, monkeypatch):
     assert "Not answered yet" not in text
     figures = {path.stem for path in tmp_path.glob("*.png")}
     assert figures == {*questions, "sizes"}
-    for title in ("In short", "Does it grow or shrink with size?", "In time, not"):
+    for title in ("In short", "Does the effect grow or shrink", "In time, not steps?"):
         assert f"## {title}" in text
     # The same files result in a byte-identical page and figures.
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

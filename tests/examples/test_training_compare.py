@@ -330,7 +330,7 @@ def test_verdicts_of_several_seeds_have_an_interval():
         for i, loss in enumerate((2.5, 2.62, 2.7))
     ]
     (line,) = report.verdicts(base + clear)
-    assert "differ by -0.4933 (95 % confidence interval" in line
+    assert "differ by -0.4933 (95% confidence interval" in line
     assert "3 seeds)." in line
     assert "includes zero" not in line
     unclear = [
