@@ -29,7 +29,9 @@ class Named(NamedTuple):
 
     @property
     def ours(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
-        return getattr(optax_cautious, f"cautious_{self.base.__name__}")
+        # Not by the base's __name__: optax.nadam is a functools.partial without one.
+        name = next(name for name, named in NAMED.items() if named is self)
+        return getattr(optax_cautious, f"cautious_{name}")
 
 
 NAMED = {
