@@ -96,7 +96,7 @@ class Task(Protocol):
 
     @property
     def divided(self) -> Mapping[str, Mapping[str, int]]:
-        """Sizes, by setting, that each mesh axis must divide."""
+        """Sizes that the mesh axes must divide, by axis ("fsdp", "tensor") and setting."""
 
     def describe(self) -> str:
         """Describe a batch, as in "16 x 128 tokens"."""
