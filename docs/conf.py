@@ -20,8 +20,6 @@ exclude_patterns = ["_build"]
 pygments_style = "default"
 html_theme = "furo"
 html_title = project
-html_static_path = ["_static"]
-html_css_files = ["wide_tables.css"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3

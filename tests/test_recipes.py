@@ -38,3 +38,5 @@ def test_both_sides_of_a_recipe_run(title, monkeypatch):
         losses[mark] = float(names["loss"])
     assert np.isfinite(list(losses.values())).all()
     assert losses["-"] != losses["+"]
+    # With the wrong direction hardly anything would move.
+    assert losses["+"] < 1.001 * losses["-"]

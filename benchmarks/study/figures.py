@@ -65,15 +65,21 @@ def plot_sizes(compared: Sequence[tuple[int, Comparison]], path: Path) -> None:
             color="C0",
             capsize=3,
         )
-        reached = [ratio for ratio in comparison.ratios if ratio is not None]
-        right.plot([count] * len(reached), reached, "o", color="C0", alpha=0.6)
+        for ratio in comparison.ratios:
+            if ratio is None:
+                right.plot(count, 1, "v", color="C3", fillstyle="none", clip_on=False)
+            else:
+                right.plot(count, ratio, "o", color="C0", alpha=0.6)
     left.axhline(0, color="black", linewidth=1)
     left.set_ylabel("difference in validation loss")
     right.axhline(1, color="black", linewidth=1)
     right.set_ylabel("ratio of steps, each seed")
     for panel in (left, right):
         panel.set_xscale("log")
-        panel.set_xlabel("parameters")
+        counts = [count for count, _ in compared]
+        panel.set_xticks(counts, [f"{count / 1e6:.2g}" for count in counts])
+        panel.minorticks_off()
+        panel.set_xlabel("million parameters")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

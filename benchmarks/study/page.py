@@ -16,7 +16,7 @@ from benchmarks.study.outcomes import (
     time_ratios,
 )
 from benchmarks.study.questions import QUESTIONS, SIZES, TUNING_SEED, Question
-from benchmarks.study.run import best_points, group_at, tuning_runs
+from benchmarks.study.run import best_points, group_at
 from examples.training import plots
 from examples.training.history import Group, History, write_point
 from examples.training.report import markdown_table, spread
@@ -55,8 +55,7 @@ def draw(results_dir: Path = RESULTS, page: Path = DOCS / "results.md") -> None:
     answers, missing = {}, []
     for name, question in QUESTIONS.items():
         histories = records.read(results_dir / f"{name}.csv")
-        planned = {*tuning_runs(question)} if histories else set()
-        if planned <= {h.run for h in histories} and is_answered(question, histories):
+        if is_answered(question, histories):
             answers[name] = histories
         else:
             missing.append(f"`{name}`")
@@ -132,6 +131,7 @@ def _summary(answers: Answers) -> list[str]:
             f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})",
             comparison.arm.title,
             comparison.other.title,
+            comparison.score or "validation loss",
             *_difference_cells(comparison),
         ]
         for name, histories in answers.items()
@@ -141,7 +141,15 @@ def _summary(answers: Answers) -> list[str]:
     ]
     if not rows:
         return []
-    header = ("question", "arm", "compared with", "difference", "", "ratio of steps")
+    header = (
+        "question",
+        "arm",
+        "compared with",
+        "measured",
+        "difference (95% interval)",
+        "",
+        "ratio of steps (range)",
+    )
     rows = [row + [""] * (len(header) - len(row)) for row in rows]
     return ["## In short", "", markdown_table(rows, header), ""]
 
@@ -237,8 +245,9 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
         "",
         "All sizes see the same text, tokens and steps, so larger models see fewer "
         "tokens per parameter. None is trained for as long as is usual for its size, "
-        "and the largest has a hundredth of the parameters of a 1B model: these runs "
-        "cannot tell whether the difference persists there.",
+        "and models in use are at least a hundred times larger: these runs cannot tell "
+        "whether the difference persists there. Triangles mark sizes at which cautious "
+        "AdamW did not reach AdamW's final loss with some seeds.",
         "",
         markdown_table(rows, header),
         "",

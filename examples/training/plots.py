@@ -101,7 +101,7 @@ def _plot_curves(axes: Axes, histories: Sequence[History]) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss")
     axes.set_title("Each optimizer at its best")
-    _finish(axes)
+    _finish(axes, legend="upper right")  # Falling curves leave it free.
 
 
 def _plot_arrow(axes: Axes, base: Group | None, cautious: Group | None) -> None:
@@ -249,8 +249,8 @@ def _rows(fractions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return rows
 
 
-def _finish(axes: Axes) -> None:
+def _finish(axes: Axes, legend: str = "best") -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, handlelength=3)
+        axes.legend(loc=legend, frameon=False, handlelength=3)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

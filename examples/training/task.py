@@ -96,7 +96,7 @@ class Task(Protocol):
 
     @property
     def divided(self) -> Mapping[str, Mapping[str, int]]:
-        """Sizes that the mesh axes must divide, by axis ("fsdp", "tensor") and setting."""
+        """Sizes that each mesh axis ("fsdp", "tensor") must divide, by setting."""
 
     def describe(self) -> str:
         """Describe a batch, as in "16 x 128 tokens"."""
