@@ -4,6 +4,7 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -249,7 +250,7 @@ def _rows(fractions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return rows
 
 
-def _finish(axes: Axes, legend: str = "best") -> None:
+def _finish(axes: Axes, legend: Literal["best", "upper right"] = "best") -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc=legend, frameon=False, handlelength=3)
     axes.grid(alpha=0.25)
