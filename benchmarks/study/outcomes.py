@@ -11,9 +11,9 @@ from benchmarks.study.questions import TUNING_SEED, Arm, Question
 from benchmarks.study.run import (
     best_points,
     compared_runs,
-    grid_of,
     group_at,
     run_of,
+    tuning_points,
     tuning_runs,
 )
 from examples.training.history import (
@@ -78,7 +78,7 @@ def is_answered(question: Question, histories: Sequence[History]) -> bool:
     """Return whether a question has all of its runs."""
     found = {history.run for history in histories}
     return (
-        tuning_runs(question).keys() <= found
+        tuning_runs(question, histories).keys() <= found
         and compared_runs(question, histories).keys() <= found
     )
 
@@ -135,7 +135,7 @@ def robustness(question: Question, histories: Sequence[History]) -> list[Robustn
         arm.title: np.array(
             [
                 losses[run_of(arm, point, TUNING_SEED)]
-                for point in grid_of(question, arm)
+                for point in tuning_points(question, arm, histories)
             ]
         )
         for arm in question.arms
@@ -193,10 +193,10 @@ def time_ratios(question: Question, histories: Sequence[History]) -> list[TimeRa
     found = []
     for arm in question.arms:
         for title in arm.against[:1]:
-            own_points = {*grid_of(question, arm)}
+            own_points = {*tuning_points(question, arm, histories)}
             ratios = [
                 seconds[own] / seconds[other]
-                for point in grid_of(question, arms[title])
+                for point in tuning_points(question, arms[title], histories)
                 if point in own_points
                 for own, other in [
                     (

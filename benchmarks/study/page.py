@@ -35,9 +35,10 @@ table and figure on this page from the CSV files linked below, which `make study
 no number is typed by hand.
 
 A question compares several arms, such as AdamW with and without caution. All arms are
-tuned on the same grid (exceptions are listed) with seed {tuning}, and trained again at
-their best points with other seeds for the weights and the data order, because the best
-of many runs is partly luck. A difference is the mean difference of the final validation
+tuned on the same grid (exceptions are listed) with seed {tuning}: at all of its points,
+or, where it says "one setting at a time", first the learning rate and then the other
+setting at the best rate. They are trained again at their best points with other seeds
+for the weights and the data order, because the best of many runs is partly luck. A difference is the mean difference of the final validation
 losses (or of the named score), paired by seed, with Student's 95% interval; if it
 includes zero, the table says "no difference seen". The ratio of steps is the number of
 steps of the other arm divided by the number that this arm needs to reach the other's
@@ -178,7 +179,9 @@ def _section(
         f"## {question.title}",
         "",
         f"{count_parameters(config.task):,} parameters, {config.steps} steps of "
-        f"{config.task.describe()}. Tried: {tried}. "
+        f"{config.task.describe()}. Tried"
+        + ", one setting at a time" * question.one_at_a_time
+        + f": {tried}. "
         + "".join(f"{exception} " for exception in exceptions)
         + f"Final comparison on seeds {', '.join(map(str, question.seeds))}. "
         + question.note,
@@ -188,7 +191,7 @@ def _section(
         *[f"- {line}" for line in edges(question, histories)],
     ]
     compared = compare_all(question, histories)
-    if len(question.arms) == 2:
+    if len(question.arms) == 2 and not question.one_at_a_time:
         lines += [
             f"- {found.arm.title}: of {found.points} points, {found.near_own} are "
             f"within {NEAR:g} of its best, {found.best:.4f}, and {found.near_all} "

@@ -43,6 +43,9 @@ class Question:
     config: TrainConfig[Any]
     grid: Grid
     arms: tuple[Arm, ...]
+    one_at_a_time: bool = False
+    """Whether to tune the settings of the grid in their order, each with the others at
+    the best value found so far, or else the first listed, instead of all points."""
     drop_in: bool = True
     """Whether to also train each arm at the best point of the first arm that it is
     compared with, which shows the effect of turning on caution without retuning."""
@@ -104,10 +107,8 @@ _RATES = ("0.001", "0.002", "0.004", "0.008")
 _OF_DEMO = ("0.002", "0.004", "0.008")
 _OF_SMALL = ("0.004", "0.008", "0.016")
 _SMALL = _sized(64, 172, 2, 2, 1)
-_LARGER: Grid = {
-    "learning_rate": ("0.001", "0.002", "0.004"),
-    "b1": ("0.8", "0.9", "0.95"),
-}
+_B1 = ("0.9", "0.8", "0.95")
+_LARGER: Grid = {"learning_rate": ("0.001", "0.002", "0.004"), "b1": _B1}
 
 
 def _family(rates: tuple[str, ...]) -> tuple[Arm, ...]:
@@ -163,7 +164,7 @@ QUESTIONS: dict[str, Question] = {
         "A Llama of 0.3 million parameters",
         _SMALL,
         {
-            "learning_rate": (*_RATES, "0.016"),
+            "learning_rate": (*_RATES, "0.016", "0.032"),
             "b1": ("0.8", "0.9", "0.95", "0.98"),
         },
         _with_and_without(),
@@ -173,12 +174,14 @@ QUESTIONS: dict[str, Question] = {
         _sized(256, 688, 4, 8, 4),
         _LARGER,
         _with_and_without(),
+        one_at_a_time=True,
     ),
     "size-9m": Question(
         "A Llama of 9 million parameters",
         _sized(384, 1032, 5, 8, 4),
         _LARGER,
         _with_and_without(),
+        one_at_a_time=True,
         drop_in=False,
         seeds=(1, 2),
     ),
@@ -218,6 +221,7 @@ QUESTIONS: dict[str, Question] = {
                 against=(_CAUTIOUS.title, _ADAMW.title),
             ),
         ),
+        one_at_a_time=True,
         drop_in=False,
         note="All at b1 0.9.",
     ),
@@ -226,15 +230,16 @@ QUESTIONS: dict[str, Question] = {
         _LLAMA,
         {
             "learning_rate": ("0.00025", "0.0005", "0.001", "0.002"),
-            "b1": ("0.8", "0.9", "0.95"),
+            "b1": (*_B1, "0.98"),
         },
         _with_and_without("lion"),
+        one_at_a_time=True,
         note="b2, the decay of Lion's momentum, is 0.95.",
     ),
     "muon": Question(
         "Does caution help Muon?",
         _LLAMA,
-        {"learning_rate": ("0.002", "0.004", "0.008"), "b1": ("0.8", "0.9", "0.95")},
+        {"learning_rate": _OF_DEMO, "b1": _B1},
         (
             *_with_and_without("muon"),
             Arm(
@@ -244,18 +249,20 @@ QUESTIONS: dict[str, Question] = {
                 against=("Muon", "cautious Muon"),
             ),
         ),
+        one_at_a_time=True,
         note="Embedding, head and norms are left to AdamW, with the same b1.",
     ),
     "mae": Question(
         "Does caution help a masked autoencoder?",
         _MAE,
-        {"learning_rate": _RATES, "b1": ("0.8", "0.9", "0.95")},
+        {"learning_rate": _RATES, "b1": _B1},
         _with_and_without(),
+        one_at_a_time=True,
     ),
     "glue": Question(
         "Does caution help in fine-tuning?",
         replace(GLUE["package"], checkpoint_every=GLUE["package"].steps),
-        {"learning_rate": ("0.002", "0.004", "0.008")},
+        {"learning_rate": ("0.0005", "0.001", "0.002", "0.004", "0.008")},
         (
             _after("adamw", False, ()),
             _after("adamw", True, ("AdamW, after AdamW",)),

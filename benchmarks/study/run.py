@@ -23,21 +23,40 @@ def run_of(arm: Arm, point: Point, seed: int) -> Run:
     return Run(arm.side, (*point, *arm.settings.items()), seed)
 
 
-def grid_of(question: Question, arm: Arm) -> Iterator[Point]:
-    """Yield the points at which an arm is tuned."""
+def tuning_points(
+    question: Question, arm: Arm, histories: Iterable[History]
+) -> list[Point]:
+    """List the points at which an arm is tuned.
+
+    For a question that is tuned one setting at a time, the points of the first setting
+    whose runs are not all in the histories are the last.
+    """
     grid = {**question.grid, **arm.grid}
-    for values in itertools.product(*grid.values()):
-        yield tuple(zip(grid, values, strict=True))
+    if not question.one_at_a_time:
+        products = itertools.product(*grid.values())
+        return [tuple(zip(grid, values, strict=True)) for values in products]
+    losses = {history.run: history.final_loss for history in histories}
+    best = {name: values[0] for name, values in grid.items()}
+    tried: dict[Point, None] = {}
+    for name, values in grid.items():
+        line = [tuple({**best, name: value}.items()) for value in values]
+        tried |= dict.fromkeys(line)
+        runs = {point: run_of(arm, point, TUNING_SEED) for point in line}
+        if not losses.keys() >= {*runs.values()}:
+            break
+        best = dict(min(line, key=lambda point: losses[runs[point]]))
+    return list(tried)
 
 
-def tuning_runs(question: Question) -> Runs:
-    """List the runs of all arms on their grids, with the tuning seed."""
+def tuning_runs(question: Question, histories: Iterable[History] = ()) -> Runs:
+    """List the runs that tune the arms, as far as the histories determine them."""
+    histories = list(histories)
     return _planned(
         question,
         [
             run_of(arm, point, TUNING_SEED)
             for arm in question.arms
-            for point in grid_of(question, arm)
+            for point in tuning_points(question, arm, histories)
         ],
     )
 
@@ -68,12 +87,13 @@ def best_points(question: Question, histories: Iterable[History]) -> dict[str, P
         question: the question.
         histories: the histories of all tuning runs, at least.
     """
+    histories = list(histories)
     losses = {history.run: history.final_loss for history in histories}
     best: dict[str, Point] = {}
     for arm in question.arms:
         of_point = {
             point: losses[run_of(arm, point, TUNING_SEED)]
-            for point in grid_of(question, arm)
+            for point in tuning_points(question, arm, histories)
         }
         point = min(of_point, key=of_point.__getitem__)
         if np.isfinite(of_point[point]):  # Skip an arm that always diverged.
@@ -100,11 +120,17 @@ def answer(question: Question, path: Path, work_dir: Path) -> bool:
     Returns:
         Whether all have been trained; False if a signal stopped the training.
     """
-    tuning = tuning_runs(question)
-    if not _train(question, tuning, tuning, path, work_dir):
-        return False
+    tuning = tuning_runs(question, records.read(path))
+    while not _has_all(path, tuning):
+        if not _train(question, tuning, tuning, path, work_dir):
+            return False
+        tuning = tuning_runs(question, records.read(path))
     compared = compared_runs(question, records.read(path))
     return _train(question, compared, tuning | compared, path, work_dir)
+
+
+def _has_all(path: Path, runs: Runs) -> bool:
+    return runs.keys() <= {history.run for history in records.read(path)}
 
 
 def _compared_at(

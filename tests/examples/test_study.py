@@ -101,6 +101,53 @@ def test_each_arm_is_compared_at_its_own_and_at_the_first_arms_best_point():
     assert {(run.side, run.point) for run in runs} == own
 
 
+def test_settings_are_tuned_one_at_a_time():
+    question = replace(
+        QUESTION,
+        grid={"learning_rate": ("0.001", "0.002", "0.004"), "b1": ("0.9", "0.8")},
+        arms=QUESTION.arms[:2],
+        one_at_a_time=True,
+    )
+    first = study_run.tuning_runs(question)
+    assert [dict(run.point) for run in first][:3] == [
+        {"learning_rate": rate, "b1": "0.9"} for rate in ("0.001", "0.002", "0.004")
+    ]
+    assert len(first) == 2 * 3
+    histories = [history(run) for run in first]
+    assert not outcomes.is_answered(question, histories)
+    # Each arm's other setting is tuned at its own best rate: 0.002 and 0.004.
+    tuning = study_run.tuning_runs(question, histories)
+    added = {(r.side, *r.point) for r in tuning.keys() - first.keys()}
+    assert added == {
+        (BASE, ("learning_rate", "0.002"), ("b1", "0.8")),
+        (CAUTIOUS, ("learning_rate", "0.004"), ("b1", "0.8")),
+    }
+    histories = [history(run) for run in tuning]
+    assert study_run.tuning_runs(question, histories).keys() == tuning.keys()
+    best = study_run.best_points(question, histories)
+    assert dict(best["cautious AdamW"]) == {"learning_rate": "0.004", "b1": "0.9"}
+    histories += map(history, study_run.compared_runs(question, histories))
+    assert outcomes.is_answered(question, histories)
+    assert "better" in page.table(question, histories)
+
+
+def test_an_arm_is_tuned_at_the_best_rate_although_others_diverged():
+    question = replace(
+        QUESTION,
+        grid={"learning_rate": ("0.001", "0.002"), "b1": ("0.9", "0.8")},
+        arms=QUESTION.arms[:1],
+        one_at_a_time=True,
+    )
+    first = study_run.tuning_runs(question)
+    histories = [
+        replace(history(run), diverged_at=5 if "0.001" in run.name else None)
+        for run in first
+    ]
+    points = {run.point for run in study_run.tuning_runs(question, histories)}
+    assert (("learning_rate", "0.002"), ("b1", "0.8")) in points
+    assert len(points) == 3
+
+
 def test_a_run_has_the_settings_of_its_arm_and_its_point():
     runs = study_run.tuning_runs(QUESTION)
     for run, config in runs.items():
@@ -176,6 +223,24 @@ def test_times_of_runs_that_took_turns_are_compared():
     assert follow.other.title == "cautious AdamW"
 
 
+def test_answering_tunes_one_setting_after_the_other(tmp_path, monkeypatch):
+    def run_all(runs, swept, directory, together):
+        for run in runs:
+            (directory / run.name).mkdir()
+        return True
+
+    monkeypatch.setattr(study_run.compare, "run_all", run_all)
+    monkeypatch.setattr(study_run, "read_history", lambda run, _: history(run))
+    grid = {"learning_rate": ("0.001", "0.002", "0.004"), "b1": ("0.9", "0.8")}
+    question = replace(
+        QUESTION, grid=grid, arms=QUESTION.arms[:2], one_at_a_time=True, drop_in=False
+    )
+    path = tmp_path / "a.csv"
+    assert study_run.answer(question, path, tmp_path)
+    assert outcomes.is_answered(question, records.read(path))
+    assert len(records.read(path)) == 2 * (3 + 1) + 2 * len(SEEDS)
+
+
 def test_runs_are_trained_once_and_kept_in_order(tmp_path, monkeypatch):
     trained, groups = [], []
 
@@ -227,6 +292,7 @@ def test_a_page_of_answers_is_drawn(tmp_path, monkeypatch):
     two = replace(QUESTION, arms=QUESTION.arms[:2])
     questions = {"three": QUESTION, "score": replace(QUESTION, score="accuracy")}
     questions |= {name: two for name in SIZES[:2]}
+    questions["line"] = replace(two, one_at_a_time=True)
     monkeypatch.setattr(page, "QUESTIONS", questions)
     for name, question in questions.items():
         records.write(answered(question), tmp_path / f"{name}.csv")
