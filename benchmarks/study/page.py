@@ -38,11 +38,11 @@ A question compares several arms, such as AdamW with and without caution. All ar
 tuned on the same grid (exceptions are listed) with seed {tuning}: at all of its points,
 or, where it says "one setting at a time", first the learning rate and then the other
 setting at the best rate. They are trained again at their best points with other seeds
-for the weights and the data order, because the best of many runs is partly luck. A difference is the mean difference of the final validation
-losses (or of the named score), paired by seed, with Student's 95% interval; if it
-includes zero, the table says "no difference seen". The ratio of steps is the number of
-steps of the other arm divided by the number that this arm needs to reach the other's
-final loss.
+for the weights and the data order, because the best of many runs is partly luck. A
+difference is the mean difference of the final validation losses (or of the named
+score), paired by seed, with Student's 95% interval; if it includes zero, the table says
+"no difference seen". The ratio of steps is the number of steps of the other arm divided
+by the number that this arm needs to reach the other's final loss.
 """
 
 
