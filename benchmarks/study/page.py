@@ -15,7 +15,14 @@ from benchmarks.study.outcomes import (
     robustness,
     time_ratios,
 )
-from benchmarks.study.questions import QUESTIONS, SIZES, TUNING_SEED, Question
+from benchmarks.study.questions import (
+    PUBLISHED,
+    QUESTIONS,
+    RULES,
+    SIZES,
+    TUNING_SEED,
+    Question,
+)
 from benchmarks.study.run import best_points, group_at
 from examples.training import plots
 from examples.training.history import Group, History, write_point
@@ -152,7 +159,34 @@ def _summary(answers: Answers) -> list[str]:
         "ratio of steps (range)",
     )
     rows = [row + [""] * (len(header) - len(row)) for row in rows]
-    return ["## In short", "", markdown_table(rows, header), ""]
+    table = markdown_table(rows, header)
+    return ["## In short", "", *_better_variants(answers), table, ""]
+
+
+def _better_variants(answers: Answers) -> list[str]:
+    """Name the variants that are better than the published rule at all sizes."""
+    if not answers.keys() >= {*RULES}:
+        return []
+    better = []
+    for name in RULES:
+        compared = compare_all(QUESTIONS[name], answers[name])
+        better.append(
+            [
+                c.arm.title
+                for c in compared
+                if c.other.title == PUBLISHED and c.verdict == "better"
+            ]
+        )
+    in_all = [title for title in better[0] if all(title in other for other in better)]
+    sizes = " and ".join(
+        f"{count_parameters(QUESTIONS[name].config.task):,}" for name in RULES
+    )
+    found = ", ".join(in_all) or "none"
+    return [
+        f"**Variants that end lower than the published rule, with an interval that "
+        f"excludes zero, at {sizes} parameters: {found}.**",
+        "",
+    ]
 
 
 def _anchor(title: str) -> str:

@@ -111,6 +111,12 @@ _B1 = ("0.9", "0.8", "0.95")
 _LARGER: Grid = {"learning_rate": ("0.001", "0.002", "0.004"), "b1": _B1}
 
 
+_OPPOSED = (
+    _variant("opposed weight 0.25", opposed_weight="0.25"),
+    _variant("opposed weight 0.5", opposed_weight="0.5"),
+)
+
+
 def _family(rates: tuple[str, ...]) -> tuple[Arm, ...]:
     """List AdamW, the published rule, and its variants.
 
@@ -124,8 +130,7 @@ def _family(rates: tuple[str, ...]) -> tuple[Arm, ...]:
         _variant("embedding exempt", exempt="embedding"),
         _variant("neutral: follow", neutral="follow"),
         _variant("neutral: ignore", neutral="ignore"),
-        _variant("opposed weight 0.25", opposed_weight="0.25"),
-        _variant("opposed weight 0.5", opposed_weight="0.5"),
+        *_OPPOSED,
         _variant("opposed weight -1 (Grams)", opposed_weight="-1.0"),
         _variant("renormalize: plus one", renormalize="plus_one"),
         _variant("renormalize: none", twice, renormalize="none"),
@@ -185,21 +190,22 @@ QUESTIONS: dict[str, Question] = {
         drop_in=False,
         seeds=(1, 2),
     ),
-    "rule": Question(
-        "Which part of the rule matters?",
-        _LLAMA,
-        {"learning_rate": _OF_DEMO},
-        _family(_OF_DEMO),
-        drop_in=False,
-        note=_OF_RULE,
-    ),
     "rule-0.3m": Question(
-        "Which part of the rule matters, in a smaller Llama?",
+        "Which part of the rule matters?",
         _SMALL,
         {"learning_rate": _OF_SMALL},
         _family(_OF_SMALL),
         drop_in=False,
         note=_OF_RULE,
+    ),
+    "rule": Question(
+        "Do the better variants also beat the published rule in a larger Llama?",
+        _LLAMA,
+        {"learning_rate": ("0.002", "0.004")},
+        (_ADAMW, _CAUTIOUS, *_OPPOSED),
+        drop_in=False,
+        note="All at b1 0.9. Only the two variants that beat the published rule in the "
+        "smaller Llama.",
     ),
     "decay": Question(
         "Does cautious weight decay help, alone and with caution?",
@@ -230,7 +236,7 @@ QUESTIONS: dict[str, Question] = {
         _LLAMA,
         {
             "learning_rate": ("0.00025", "0.0005", "0.001", "0.002"),
-            "b1": (*_B1, "0.98"),
+            "b1": (*_B1, "0.98", "0.6"),
         },
         _with_and_without("lion"),
         one_at_a_time=True,
@@ -255,7 +261,7 @@ QUESTIONS: dict[str, Question] = {
     "mae": Question(
         "Does caution help a masked autoencoder?",
         _MAE,
-        {"learning_rate": _RATES, "b1": _B1},
+        {"learning_rate": _RATES, "b1": (*_B1, "0.6")},
         _with_and_without(),
         one_at_a_time=True,
     ),
@@ -284,3 +290,9 @@ QUESTIONS: dict[str, Question] = {
 
 SIZES = ("size-0.3m", "adamw", "size-4m", "size-9m")
 """The questions that differ only in model size."""
+
+RULES = ("rule-0.3m", "rule")
+"""The questions that compare the same variants of the rule at several sizes."""
+
+PUBLISHED = _CAUTIOUS.title
+"""The arm of the published rule."""

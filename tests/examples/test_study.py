@@ -311,6 +311,29 @@ def test_a_page_of_answers_is_drawn(tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_variants_that_are_better_at_all_sizes_come_first(tmp_path, monkeypatch):
+    def draw(losses):
+        """Draw the page if the variant's losses at two sizes were these."""
+        for name, loss in zip(("small", "large"), losses, strict=True):
+            histories = [
+                replace(
+                    h, evaluations=(Evaluation(600, loss + 0.01 * h.run.seed, 0.5),)
+                )
+                if "neutral" in dict(h.run.point)
+                else h
+                for h in answered()
+            ]
+            records.write(histories, tmp_path / f"{name}.csv")
+        page.draw(tmp_path, tmp_path / "results.md")
+        return (tmp_path / "results.md").read_text()
+
+    monkeypatch.setattr(page, "QUESTIONS", {"small": QUESTION, "large": QUESTION})
+    monkeypatch.setattr(page, "RULES", ("small", "large"))
+    sizes = "at 1,068,928 and 1,068,928 parameters"
+    assert f"{sizes}: follow.**" in draw([2.6, 2.6])
+    assert f"{sizes}: none.**" in draw([2.6, 2.9])
+
+
 def test_the_page_is_that_of_the_files(tmp_path):
     for path in (DOCS / "results").glob("*.csv"):
         shutil.copy(path, tmp_path)
