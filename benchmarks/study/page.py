@@ -174,7 +174,9 @@ def _better_variants(answers: Answers) -> list[str]:
             [
                 c.arm.title
                 for c in compared
-                if c.other.title == PUBLISHED and c.verdict == "better"
+                if c.other.title == PUBLISHED
+                and not c.dropped_in
+                and c.verdict == "better"
             ]
         )
     in_all = [title for title in better[0] if all(title in other for other in better)]
