@@ -20,6 +20,7 @@ from examples.llama.config import MODELS, TOKENIZER_NAME, ModelConfig
 from examples.llama.model import LAYOUT, divided_sizes, flops_per_token
 from examples.llama.pretrained import open_pretrained, read_vocabulary
 from examples.llama.transformers_files import Pretrained, require_same_model
+from examples.training.attention import require_kernel
 from examples.training.checks import InputError, read_text
 from examples.training.config import TrainConfig, from_json
 from examples.training.experiment import Experiment
@@ -54,8 +55,10 @@ class ClassificationTask:
     free: ClassVar[frozenset[str]] = frozenset({"unroll"})
 
     def __post_init__(self) -> None:
-        """Check that the metrics suit what the head predicts."""
+        """Check that metrics and attention kernel suit the model."""
         self.data.require_head(self.head)
+        model, length = self.model, self.data.sequence_length
+        require_kernel(model.attention, model.dtype, length, model.head_dim)
 
     @property
     def units(self) -> int:

@@ -3,8 +3,9 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from examples.training.attention import AttentionName
 from examples.training.checks import (
     require,
     require_between,
@@ -12,6 +13,7 @@ from examples.training.checks import (
     require_positive,
     require_utf8,
 )
+from examples.training.remat import Remat
 
 TOKENIZER_NAME = "tokenizer.json"
 """Name of the tokenizer file, in a run and in a model in Hugging Face's format."""
@@ -50,9 +52,13 @@ class ModelConfig:
     """Epsilon of the RMS norms, added to the mean square."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Parameters, logits and loss are always float32."""
-    remat: bool = False
-    """Store only the input of each block for the backward pass and recompute its other
-    activations. Saves most of the activation memory for a third more computation."""
+    attention: AttentionName = "auto"
+    """Attention kernel. auto: splash on TPUs and cudnn on NVIDIA GPUs if they support
+    the shapes, otherwise xla."""
+    remat: Remat = "none"
+    """What each block keeps for the backward pass: everything, the outputs of
+    projections and attention, or only its input. The remaining activations are computed
+    again, which takes up to a third more computation."""
     unroll: int = 3
     """Blocks per iteration of the scan over the blocks. Higher values take longer to
     compile."""
@@ -60,7 +66,7 @@ class ModelConfig:
     @property
     def architecture(self) -> dict[str, float]:
         """The settings that define the model, without the compute settings."""
-        compute = {"dtype", "remat", "unroll"}
+        compute = {"dtype", "attention", "remat", "unroll"}
         return {name: x for name, x in vars(self).items() if name not in compute}
 
     @property
@@ -89,6 +95,7 @@ class ModelConfig:
             "heads.",
         )
         require_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        require_choice("remat", self.remat, get_args(Remat))
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.llama.config import ModelConfig
+from examples.training.attention import attend
 from examples.training.modules import (
     BACK,
     INTO,
     Axes,
-    all_but_gathered,
-    attention_implementation,
     linear,
 )
+from examples.training.remat import rematerialize
 from examples.training.sharding import BATCH, constrain
 
 _INIT = nnx.initializers.normal(0.02)
@@ -83,12 +83,10 @@ def rotary_embedding(
     # In float32: bfloat16 cannot represent positions in the thousands exactly.
     positions = jnp.arange(length, dtype=jnp.float32) + start
     angles = positions[:, None] * frequencies  # [T, H/2]
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-    return rotated.astype(x.dtype)
+    cos, sin = (jnp.tile(f(angles), 2)[:, None, :] for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x * cos + turned * sin).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -104,6 +102,7 @@ class Attention(nnx.Module):
         self.output = _linear_back(query_features, config.hidden_size, config, rngs)
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
+        self.kernel = config.attention
 
     def __call__(
         self, x: jax.Array, cache: Cache | None = None
@@ -123,13 +122,7 @@ class Attention(nnx.Module):
         key = rotary_embedding(heads(self.key), self.rope_theta, start)
         value = heads(self.value)
         if cache is None:
-            attended = jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                is_causal=True,
-                implementation=attention_implementation(query),
-            )
+            attended = attend(query, key, value, causal=True, kernel=self.kernel)
         else:
             where = (0, start, 0, 0)
             keys = jax.lax.dynamic_update_slice(cache.keys, key, where)
@@ -210,9 +203,7 @@ class Body(nnx.Module):
             params, layer_cache = layer
             return nnx.merge(graphdef, params)(x, layer_cache)
 
-        # Inside a scan, CSE cannot undo the rematerialization.
-        policy = None if self.remat else all_but_gathered
-        run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
+        run_block = rematerialize(run_block, self.remat)
         # In float32: the gradient of a frequent token is a sum of many terms.
         table = jnp.asarray(self.embedding.embedding[...])
         table = constrain(table, "tensor", None)

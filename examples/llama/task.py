@@ -9,11 +9,11 @@ from typing import ClassVar, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from examples.llama.config import MODELS, DataConfig, ModelConfig
 from examples.llama.data.load import load_data
+from examples.llama.loss import mean_cross_entropy
 from examples.llama.model import (
     LAYOUT,
     Llama,
@@ -22,6 +22,7 @@ from examples.llama.model import (
     make_graphdef,
 )
 from examples.llama.transformers_files import open_huggingface, require_same_model
+from examples.training.attention import require_kernel
 from examples.training.checkpoint import (
     CHECKPOINTS_NAME,
     load_params,
@@ -53,6 +54,11 @@ class LlamaTask(LossAlone):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        """Check that the attention kernel supports the sizes."""
+        model, length = self.model, self.data.sequence_length
+        require_kernel(model.attention, model.dtype, length, model.head_dim)
 
     name: ClassVar[str] = "llama"
     unit: ClassVar[str] = "tokens"
@@ -107,11 +113,9 @@ class LlamaTask(LossAlone):
         """
         tokens = batch.astype(jnp.int32)
         graphdef = make_graphdef(self.model)
-        logits = nnx.merge(graphdef, params)(tokens[:, :-1])  # [B, T, V]
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits, tokens[:, 1:]
-        )
-        return losses.mean()
+        model = nnx.merge(graphdef, params)
+        features, _ = model.features(tokens[:, :-1])  # [B, T, D]
+        return mean_cross_entropy(features, model.logits, tokens[:, 1:])
 
     def check_source(self, source: Path) -> None:
         """Check that a run or a Llama in Hugging Face's format fits the settings."""

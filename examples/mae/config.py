@@ -1,7 +1,7 @@
 """Model and data settings."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from examples.training.checks import (
     require,
@@ -10,6 +10,7 @@ from examples.training.checks import (
     require_positive,
     require_utf8,
 )
+from examples.training.remat import Remat
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class ModelConfig:
     as the paper does for representation learning."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Parameters, predictions and loss are always float32."""
-    remat: bool = False
-    """Store only the input of each block for the backward pass and recompute its other
-    activations. Saves most of the activation memory for a third more computation."""
+    remat: Remat = "none"
+    """What each block keeps for the backward pass: everything, the outputs of
+    projections and attention, or only its input. The remaining activations are computed
+    again, which takes up to a third more computation."""
     unroll: int = 3
     """Encoder blocks per iteration of the scan over them. Higher values take longer to
     compile."""
@@ -115,6 +117,7 @@ class ModelConfig:
                 "embeddings hold the sine and cosine of the row and the column.",
             )
         require_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        require_choice("remat", self.remat, get_args(Remat))
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,9 @@ import numpy as np
 from flax import nnx
 
 from examples.mae.config import ModelConfig
-from examples.training.modules import (
-    BACK,
-    INTO,
-    all_but_gathered,
-    attention_implementation,
-    linear,
-)
+from examples.training.attention import attend
+from examples.training.modules import BACK, INTO, linear
+from examples.training.remat import Remat, rematerialize
 from examples.training.sharding import BATCH, constrain
 
 LAYER_NORM_EPSILON = 1e-12
@@ -160,9 +156,7 @@ class Attention(nnx.Module):
             return constrain(y, BATCH, None, "tensor", None)
 
         query, key, value = heads(self.query), heads(self.key), heads(self.value)
-        attended = jax.nn.dot_product_attention(
-            query, key, value, implementation=attention_implementation(query)
-        )
+        attended = attend(query, key, value, causal=False, kernel="auto")
         return self.output(attended.reshape(batch, length, -1))
 
 
@@ -367,17 +361,14 @@ def _make_blocks(
     return nnx.vmap(partial(Block, *arguments), axis_size=layers)(rngs.split(layers))
 
 
-def _run(blocks: Block, x: jax.Array, remat: bool, unroll: int) -> jax.Array:
+def _run(blocks: Block, x: jax.Array, remat: Remat, unroll: int) -> jax.Array:
     """Run stacked blocks in sequence on ``[B, T, D]``."""
     graphdef, layers = nnx.split(blocks)
 
     def run_block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         return nnx.merge(graphdef, layer)(x), None
 
-    # prevent_cse is unnecessary inside a scan.
-    policy = None if remat else all_but_gathered
-    run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
-    x, _ = jax.lax.scan(run_block, x, layers, unroll=unroll)
+    x, _ = jax.lax.scan(rematerialize(run_block, remat), x, layers, unroll=unroll)
     return x
 
 

@@ -132,15 +132,15 @@ def _replaced(config: Any, values: dict[str, str]) -> Any:
 def _parsed(name: str, text: str, kind: Any) -> Any:
     """Parse a value of a type; the items of a sequence are separated by spaces."""
     is_none = text.lower() == "none"
+    meanings = (None, [], text) if is_none else (text, text.split())
     adapter: Any = pydantic.TypeAdapter(kind)
-    try:
-        return adapter.validate_python(None if is_none else text)
-    except pydantic.ValidationError as error:
-        why = error.errors()[-1]["msg"]
-    try:
-        return adapter.validate_python([] if is_none else text.split())
-    except pydantic.ValidationError as error:
-        raise InputError(f"{name}: invalid value {text!r} ({why}).") from error
+    reasons = []
+    for meaning in meanings:
+        try:
+            return adapter.validate_python(meaning)
+        except pydantic.ValidationError as error:
+            reasons.append(error.errors()[-1]["msg"])
+    raise InputError(f"{name}: invalid value {text!r} ({reasons[0]}).")
 
 
 def _fields(config: Any) -> Iterator[tuple[Any, Any]]:

@@ -1,10 +1,9 @@
-"""Parts shared by transformers: projections, attention kernel and remat policy."""
+"""The projections of transformers."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 
@@ -77,25 +76,3 @@ def _dot_flat(
     flat = x.reshape(-1, x.shape[-1])
     y = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
     return y.reshape(*x.shape[:-1], -1)
-
-
-def attention_implementation(query: jax.Array) -> Literal["cudnn"] | None:
-    """Choose cuDNN's flash attention where supported, and XLA's attention elsewhere.
-
-    Args:
-        query: ``[B, T, N, H]``, as passed to ``jax.nn.dot_product_attention``.
-    """
-    # cuDNN needs an NVIDIA GPU, and has no kernel for other dtypes and head sizes.
-    on_cuda = "cuda" in jax.extend.backend.get_backend().platform_version
-    head_dim = query.shape[-1]
-    fits = query.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if on_cuda and fits else None
-
-
-def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Save everything for the backward pass except cast and gathered kernels.
-
-    A policy for ``jax.checkpoint``. If these were saved, every device would hold the
-    kernels of all layers at once.
-    """
-    return primitive.name not in ("sharding_constraint", "convert_element_type")

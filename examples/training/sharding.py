@@ -56,7 +56,7 @@ def make_mesh(config: TrainConfig[Any], devices: Any = None) -> Mesh:
         "choose a multiple, or another --mesh.",
     )
     for axis, parts in (("fsdp", fsdp), ("tensor", tensor)):
-        for name, size in config.task.divided[axis].items():
+        for name, size in config.task.divided.get(axis, {}).items():
             require(
                 size % parts == 0,
                 f"mesh: the {axis} axis ({parts}) must divide {name} ({size}); choose "

@@ -96,7 +96,7 @@ class Task(Protocol):
 
     @property
     def divided(self) -> Mapping[str, Mapping[str, int]]:
-        """Sizes that each mesh axis ("fsdp", "tensor") must divide, by setting."""
+        """Sizes that a mesh axis ("fsdp" or "tensor") must divide, by setting."""
 
     def describe(self) -> str:
         """Describe a batch, as in "16 x 128 tokens"."""
@@ -159,7 +159,7 @@ class Task(Protocol):
         """
 
     def batch_like(self) -> Batch:
-        """Return the shapes and dtypes of a batch."""
+        """Return the shapes and dtypes of a whole batch, over all processes."""
 
     def flops(self) -> float:
         """Compute the FLOPs of a training step."""

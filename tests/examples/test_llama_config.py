@@ -125,8 +125,8 @@ def test_settings_missing_from_a_file_have_their_defaults():
             r"run: task\.data\.data: Input should be a valid array",
         ),
         (
-            to_json(DEFAULT).replace('"remat": false', '"remat": "no"'),
-            r"run: task\.model\.remat: Input should be a valid boolean",
+            to_json(DEFAULT).replace('"remat": "none"', '"remat": "no"'),
+            r"run: task\.model\.remat: Input should be 'none', 'dots' or 'full'",
         ),
         (
             '{"task": {}, "steps": 0}',

@@ -385,8 +385,8 @@ def test_every_parameter_has_a_gradient(model):
 
 @pytest.mark.parametrize(
     "option",
-    [{"remat": True}, {"unroll": 2, "decoder_unroll": 2}],
-    ids=["remat", "unroll"],
+    [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2, "decoder_unroll": 2}],
+    ids=["remat", "dots", "unroll"],
 )
 def test_remat_and_unroll_change_nothing(option, model):
     other = make_model(replace(MODEL, **option))

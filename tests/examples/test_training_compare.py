@@ -278,7 +278,12 @@ def test_any_setting_is_swept_and_those_of_caution_only_with_caution(config):
 
 def test_values_of_several_parts_and_paths(config):
     sweep = compare.parse_sweep(
-        ["exempt=none,embedding logits", "mesh=1 1 1,none", "tokenizer=a/b"]
+        [
+            "exempt=none,embedding logits",
+            "mesh=1 1 1,none",
+            "tokenizer=a/b",
+            "remat=none,full",
+        ]
     )
     runs = compare.plan(("adamw",), sweep, (0,), config)
     cautious = {
@@ -290,6 +295,7 @@ def test_values_of_several_parts_and_paths(config):
         for mesh in ((1, 1, 1), None)
     }
     assert {c.task.data.tokenizer for c in runs.values()} == {"a/b"}
+    assert {c.task.model.remat for c in runs.values()} == {"none", "full"}
     assert all(Path(run.name).name == run.name for run in runs)
 
 

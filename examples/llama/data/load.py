@@ -15,6 +15,7 @@ from examples.llama.data.streaming import (
     stream_tokenizer,
 )
 from examples.llama.data.text_files import (
+    Corpus,
     load_corpus,
     train_batches,
     validation_batches,
@@ -64,6 +65,17 @@ def _load_text_files(
 ) -> Data:
     """Load text files."""
     corpus = load_corpus(config, vocab_size)
+    return data_of(corpus, config, seed, process_index, process_count)
+
+
+def data_of(
+    corpus: Corpus,
+    config: DataConfig,
+    seed: int,
+    process_index: int,
+    process_count: int,
+) -> Data:
+    """Batch a corpus; the arguments are those of ``load_data``."""
     data = Data(
         train_batches(corpus, config, seed, process_index, process_count),
         validation_batches(corpus, config)[:, process_index::process_count],

@@ -76,7 +76,22 @@ def load_corpus(config: DataConfig, vocab_size: int) -> Corpus:
         "" not in config.data,
         "data: '' is not a file; omit --data to use Python's standard library.",
     )
-    documents = read_documents(tuple(map(Path, config.data)))
+    return make_corpus(
+        read_documents(tuple(map(Path, config.data))), config, vocab_size
+    )
+
+
+def make_corpus(documents: list[str], config: DataConfig, vocab_size: int) -> Corpus:
+    """Split and tokenize documents, or load their tokens from the cache.
+
+    Args:
+        documents: the documents, without duplicates. A single one is cut into parts.
+        config: the settings of the split, the tokenizer and the cache.
+        vocab_size: size of the model's vocabulary.
+
+    Raises:
+        InputError: if there is too little text, or if the tokenizer does not fit.
+    """
     if len(documents) == 1:
         documents = cut_document(documents[0])
     train, validation = split_documents(documents, config.validation_fraction)
