@@ -1,34 +1,34 @@
 """The command that compiles a training step ahead of time for a TPU slice.
 
 On this machine's CPU, it compiles the same step that ``train`` runs, and prints the
-memory and traffic of each device. Nothing is executed. It requires the ``tpu`` extra.
+memory, traffic and shortest possible time of each device. Nothing is executed. It
+requires the ``tpu`` extra.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from examples.training.chips import chip_of
 from examples.training.config import TrainConfig
-from examples.training.engine import Engine, make_engine
+from examples.training.engine import make_engine
+from examples.training.hlo import parse
 from examples.training.report import markdown_table
+from examples.training.roofline import Roofline, matrix_flops, roofline
 from examples.training.sharding import BATCH
 from examples.training.task import count_parameters
-from examples.training.xla import (
-    EACH_BYTE_ONCE,
-    Collective,
-    collectives,
-    topology_devices,
-)
+from examples.training.traffic import Collective, collectives, memory_traffic
+from examples.training.xla import CompilerOptions, topology_devices
 
 
 @dataclass(frozen=True)
 class Account:
-    """The compiler's account of one device, with sizes in bytes."""
+    """The analysis of one device's program, with sizes in bytes."""
 
     parameters: float
     moments: float
@@ -36,23 +36,44 @@ class Account:
     """Activations, gradients and gathered parameters."""
     peak: float
     accessed: float
-    """Read and written in a step, or in one of its accumulated parts, without
-    prefetches."""
+    """Read from and written to memory in a step."""
+    flops: float
+    """FLOPs of the matrix products in a step, including recomputed ones."""
     collectives: Mapping[str, Collective]
+    roofline: Roofline | None
+    """None if the peak rates of the device are unknown."""
 
 
-def account(config: TrainConfig[Any], topology: str) -> Account:
-    """Compile the training step for a slice, and collect the compiler's account."""
+def account(
+    config: TrainConfig[Any], topology: str, options: CompilerOptions | None = None
+) -> Account:
+    """Compile the training step for a slice, and analyze the program."""
     engine = make_engine(config, topology_devices(topology))
-    step = engine.lower_train_step(engine.batch_like).compile()
+    traced = engine.trace_train_step(engine.batch_like)
+    with jax.set_mesh(engine.mesh):
+        step = traced.lower().compile(compiler_options=options)
     memory: Any = step.memory_analysis()
+    program = parse(str(step.as_text()))
+    chip = chip_of(engine.mesh.devices.flat[0])
+    accessed = memory_traffic(program)
+    flops = matrix_flops(traced.jaxpr.jaxpr) / engine.mesh.size
+    sent = collectives(program)
     return Account(
         parameters=_bytes_per_device(engine.state_like.params),
         moments=_bytes_per_device(engine.state_like.opt_state),
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
-        accessed=_accessed(engine),
-        collectives=collectives(str(step.as_text())),
+        accessed=accessed,
+        flops=flops,
+        collectives=sent,
+        roofline=chip
+        and roofline(
+            chip,
+            flops=flops,
+            accessed=accessed,
+            received=sum(kind.received for kind in sent.values()),
+            model_flops=config.task.flops() / engine.mesh.size,
+        ),
     )
 
 
@@ -91,45 +112,20 @@ def _bytes_per_device(tree: Any) -> int:
     )
 
 
-def _accessed(engine: Engine) -> float:
-    """Compute the bytes that a step accesses.
-
-    The compiler counts the body of a loop once, however often it runs. Compiling the
-    step with two layers per iteration shows the cost of one layer. The compiler may
-    unroll a short loop, so a small number of layers is unrolled completely.
-    """
-    task = engine.config.task
-
-    def accessed(layers: Mapping[str, int]) -> float:
-        there = replace(engine.config, task=task.unrolled(layers))
-        lowered = replace(engine, config=there).lower_train_step(engine.batch_like)
-        analysis: Any = lowered.compile(compiler_options=EACH_BYTE_ONCE).cost_analysis()
-        return float(analysis["bytes accessed"])
-
-    once = {name: 1 if depth >= 8 else depth for name, depth in task.layers.items()}
-    one = accessed(once)
-    total = one
-    for name, unrolled in once.items():
-        depth = task.layers[name]
-        if unrolled < depth:
-            two = accessed({**once, name: 2})
-            # With an odd number of layers, one is outside the loop.
-            total += (depth - 1) * (two - one) / (1 + depth % 2)
-    return total
-
-
 def compile_only(
     topology: str = "v5e:4x4",
     *,
     config: TrainConfig[Any],
 ) -> None:
-    """Compile the training step for a TPU slice, and print its memory and traffic.
+    """Compile the training step for a TPU slice; print its memory and shortest time.
 
     Args:
         topology: TPU type and chip layout, as in v5e:4x4.
         config: the configuration of the run.
     """
     jax.config.update("jax_platforms", "cpu")  # Leave a local TPU free.
+    # JAX cannot load cached programs for devices that are not attached.
+    jax.config.update("jax_enable_compilation_cache", False)
     task = config.task
     print(
         f"Compiling a step of {task.describe()} with {config.optimizer.title}, "
@@ -138,7 +134,6 @@ def compile_only(
         flush=True,
     )
     found = account(config, topology)
-    part = "" if config.accumulate == 1 else f", of one of {config.accumulate} parts"
     rows = [
         ("parameters", _gib(found.parameters)),
         ("optimizer's state", _gib(found.moments)),
@@ -149,15 +144,60 @@ def compile_only(
             (f"peak for the {what}", _gib(peak))
             for what, peak in evaluation_peaks(config, topology).items()
         ),
-        (f"read and written in a step{part}", f"{found.accessed / 1e9:.1f} GB"),
     ]
     print("\n" + markdown_table(rows, (f"on each device of {topology}", "")))
     sent = [
-        (name, f"{c.times}", f"{c.bytes / 1e9:.3f} GB")
+        (
+            name,
+            f"{c.times}",
+            f"{c.bytes / 1e9:.3f} GB",
+            f"{c.received / 1e9:.3f} GB",
+        )
         for name, c in sorted(found.collectives.items())
     ]
-    print("\n" + markdown_table(sent, ("in a step", "count", "size of results")))
-    print(f"\nModel FLOPs per step, over all devices: {task.flops():.3g}")
+    header = ("in a step", "count", "size of results", "received")
+    print("\n" + markdown_table(sent, header))
+    print("\n" + _describe(found, config))
+
+
+def _describe(found: Account, config: TrainConfig[Any]) -> str:
+    """Describe what limits the speed of a step."""
+    task, line = config.task, found.roofline
+    received = sum(kind.received for kind in found.collectives.values())
+    amounts = {
+        "compute": f"{found.flops / 1e12:.2f} TFLOP",
+        "memory": f"{found.accessed / 1e9:.1f} GB",
+        "links": f"{received / 1e9:.1f} GB",
+    }
+    names = {
+        "compute": "matrix products, recomputed ones included",
+        "memory": "read from and written to memory",
+        "links": "received from other devices",
+    }
+    if line is None:
+        rows = [(names[name], amount) for name, amount in amounts.items()]
+        return markdown_table(rows, ("in a step", "per device"))
+    chip = line.chip
+    peaks = {
+        "compute": f"{chip.flops / 1e12:.0f} TFLOP/s",
+        "memory": f"{chip.memory / 1e9:.0f} GB/s",
+        "links": f"{chip.links / 1e9:.0f} GB/s",
+    }
+    table = markdown_table(
+        [
+            (names[name], amount, peaks[name], f"{1e3 * line.times[name]:.1f} ms")
+            for name, amount in amounts.items()
+        ],
+        ("in a step", "per device", "peak rate", "shortest time"),
+    )
+    speed = task.units / line.shortest
+    return (
+        f"{table}\n\nPeak rates: {chip.source}. At these rates, and if all three "
+        f"overlap perfectly, a step takes {1e3 * line.shortest:.1f} ms "
+        f"({speed:,.0f} {task.unit} per second), limited by {line.limit}. The model's "
+        f"{task.flops():.3g} FLOPs alone take {1e3 * line.model:.1f} ms, so the model "
+        f"FLOPs utilization is at most {line.utilization:.0%}."
+    )
 
 
 def _gib(size: float) -> str:

@@ -95,8 +95,8 @@ class Engine:
         """Like ``put_batch``, for all validation batches, ``[batches, rows, ...]``."""
         return self._put(rows, P(None, BATCH))
 
-    def lower_train_step(self, batch: Batch) -> jax.stages.Lowered:
-        """Lower the training step.
+    def trace_train_step(self, batch: Batch) -> jax.stages.Traced:
+        """Trace the training step.
 
         Args:
             batch: arrays, or their shapes, dtypes and shardings.
@@ -106,7 +106,12 @@ class Engine:
         with jax.set_mesh(self.mesh):
             return jax.jit(
                 step, donate_argnums=0, out_shardings=(self._layout, everywhere)
-            ).lower(self.state_like, batch)
+            ).trace(self.state_like, batch)
+
+    def lower_train_step(self, batch: Batch) -> jax.stages.Lowered:
+        """Lower the training step; the arguments are those of ``trace_train_step``."""
+        with jax.set_mesh(self.mesh):
+            return self.trace_train_step(batch).lower()
 
     def lower(self, batch: Batch, validation: Batch) -> Programs:
         """Lower all programs of a run.

@@ -11,6 +11,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from examples.training.checks import require
+from examples.training.chips import chip_of
 
 Record = dict[str, Any]
 """The log entry of a step.
@@ -24,21 +25,6 @@ layers are stacked) and the task's ``scores``, if any. A log write adds
 """
 
 FILE_NAME = "metrics.jsonl"
-
-# Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets.
-_PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 class Log:
@@ -118,8 +104,8 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
 
 def utilization(flops_per_second: float, devices: int) -> float | None:
     """Return the fraction of peak FLOP/s in use, or None if the peak is unknown."""
-    peak = _PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return None if peak is None else flops_per_second / (peak * devices)
+    chip = chip_of(jax.devices()[0])
+    return None if chip is None else flops_per_second / (chip.flops * devices)
 
 
 def _parse(line: str) -> Record:
