@@ -17,7 +17,7 @@ TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 PRETRAINED := outputs/llama/comparison
 DEMO := learning_rate=0.002-seed0
 
-.PHONY: help demo sweep mae glue quadratic study results costs peers test test-library \
+.PHONY: help demo sweep mae glue quadratic study results costs costs-gpu peers test test-library \
   test-floor test-tpu test-parity lint docs screenshots dist clean
 
 help:  ## list the targets
@@ -66,6 +66,16 @@ costs: $(VENV)/.examples  ## report what caution costs on a TPU, by its compiler
 	$(TRAIN) -m benchmarks.training_step cpu
 	.venv-tpu/bin/python -m benchmarks.tpu
 	.venv-tpu/bin/python -m benchmarks.training_step tpu
+
+# It has its own environment too. NVIDIA's libraries, some gigabytes, are not needed.
+costs-gpu:  ## report what caution moves on a GPU, by its compiler; needs Python 3.12 or later, no GPU
+	@$(MAKE) --no-print-directory VENV=.venv-gpu .venv-gpu/.test
+	.venv-gpu/bin/pip install --quiet --disable-pip-version-check tqdm tyro tabulate \
+	  'jax>=0.12'
+	.venv-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps \
+	  $$(.venv-gpu/bin/python -c "import jax; v = jax.__version__; \
+	    print(f'jax-cuda12-plugin=={v} jax-cuda12-pjrt=={v}')")
+	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m benchmarks.gpu
 
 peers: $(VENV)/.examples $(VENV)/.peers $(VENV)/.parity  ## compare times with the optimizers of PyTorch and timm, and with transformers' Llama
 	$(BIN)/python -m benchmarks.peers
@@ -125,4 +135,4 @@ $(VENV)/bin/pip:
 	@$(PYTHON) -m venv $(VENV)
 
 clean:  ## remove the environments and everything that was built
-	rm -rf .venv .venv-floor .venv-newest .venv-tpu .jax_cache build outputs
+	rm -rf .venv .venv-floor .venv-gpu .venv-newest .venv-tpu .jax_cache build outputs
