@@ -39,12 +39,13 @@ def tuning_points(
     best = {name: values[0] for name, values in grid.items()}
     tried: dict[Point, None] = {}
     for name, values in grid.items():
-        line = [tuple({**best, name: value}.items()) for value in values]
+        line: list[Point] = [tuple({**best, name: value}.items()) for value in values]
         tried |= dict.fromkeys(line)
         runs = {point: run_of(arm, point, TUNING_SEED) for point in line}
         if not losses.keys() >= {*runs.values()}:
             break
-        best = dict(min(line, key=lambda point: losses[runs[point]]))
+        lowest = min(runs, key=lambda point: losses[runs[point]])
+        best = dict(lowest)
     return list(tried)
 
 
