@@ -108,13 +108,14 @@ def _received(kind: str, instruction: Instruction) -> float:
 
 def _group_size(attributes: str) -> int:
     """Return the number of devices that take part in a collective operation."""
-    groups = re.search(r"replica_groups=(\S+(?: \{[^}]*\})?)", attributes)
-    text = groups[1] if groups else ""
-    if listed := re.match(r"\{\{([\d,]+)\}", text):
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return listed[1].count(",") + 1
-    if numbered := re.match(r"\[\d+,(\d+)\]", text):
+    if numbered := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(numbered[1])
-    if named := re.match(r"mesh\[(\S+)\] \{(.*)\}", text):
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\][^{]*\{((?:'\w+',? ?)+)\}", attributes
+    )
+    if named:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
     raise ValueError(f"unknown devices of a collective operation: {attributes}")

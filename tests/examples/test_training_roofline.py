@@ -209,6 +209,13 @@ def test_the_collectives_of_a_program():
         ("all-gather", "replica_groups={{0,1,2,3},{4,5,6,7}}", 4096, 3072),
         ("all-gather", "replica_groups=[2,4]<=[8]", 4096, 3072),
         ("all-to-all", "replica_groups=[1,8]<=[8]", 4096, 3584),
+        (
+            "all-gather",
+            "replica_groups=mesh['x'=1,'y'=4,'z'=2], device_ids=([2,4]T(1,0)) "
+            "{'y', 'z'}, use_global_device_ids=true",
+            4096,
+            3584,
+        ),
         ("reduce-scatter", "replica_groups=[2,4]<=[8]", 4096, 3 * 4096),
         ("collective-permute", "source_target_pairs={{0,1},{1,0}}", 4096, 4096),
     ],
