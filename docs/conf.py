@@ -18,6 +18,8 @@ extensions = [
 exclude_patterns = ["_build"]
 
 pygments_style = "default"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_theme = "furo"
 html_title = project
 
