@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from benchmarks.steps import (
@@ -27,6 +26,7 @@ from benchmarks.steps import (
     markdown_table,
     optimizer_step,
 )
+from benchmarks.tpu import compile_step
 from examples.training.hlo import parse
 from examples.training.traffic import memory_traffic
 
@@ -84,15 +84,12 @@ def make_mesh() -> Mesh:
 
 def account(name: str, shapes: Sequence[Shape], mesh: Mesh) -> Account:
     """Compile and analyze a step with float32 parameters and moments."""
-    sharding = NamedSharding(mesh, P())
     tx = make_optimizer(name)
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        (params, jax.eval_shape(tx.init, params), params),
+    state = jax.eval_shape(tx.init, params)
+    compiled = compile_step(
+        optimizer_step(tx), mesh, (params, state), params, options=None
     )
-    jitted = jax.jit(optimizer_step(tx), donate_argnums=(0, 1))
-    compiled = jitted.lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
     program = parse(str(compiled.as_text()))
     array = 4 * count(shapes)

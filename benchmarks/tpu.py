@@ -29,7 +29,7 @@ from benchmarks.steps import (
     markdown_table,
     optimizer_step,
 )
-from examples.training.xla import WITHOUT_PREFETCHES
+from examples.training.xla import WITHOUT_PREFETCHES, CompilerOptions
 
 DType = Literal["float32", "bfloat16"]
 
@@ -82,12 +82,16 @@ def shard(tree: Any, mesh: Mesh) -> Any:
 
 
 def compile_step(
-    step: Callable[..., Any], mesh: Mesh, donated: Sequence[Any], *others: Any
+    step: Callable[..., Any],
+    mesh: Mesh,
+    donated: Sequence[Any],
+    *others: Any,
+    options: CompilerOptions | None = WITHOUT_PREFETCHES,
 ) -> Compiled:
     """Compile a step whose results reuse the buffers of its donated arguments."""
     arguments = shard((*donated, *others), mesh)
     jitted = jax.jit(step, donate_argnums=tuple(range(len(donated))))
-    return jitted.lower(*arguments).compile(compiler_options=WITHOUT_PREFETCHES)
+    return jitted.lower(*arguments).compile(compiler_options=options)
 
 
 def bytes_accessed(compiled: Compiled) -> float:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class ClassificationTask:
     free: ClassVar[frozenset[str]] = frozenset({"unroll"})
 
     def __post_init__(self) -> None:
-        """Check that metrics and attention kernel suit the model."""
+        """Check that the metrics and the attention kernel suit the model."""
         self.data.require_head(self.head)
         model, length = self.model, self.data.sequence_length
         require_kernel(model.attention, model.dtype, length, model.head_dim)
@@ -182,10 +182,6 @@ class ClassificationTask:
     def layers(self) -> Mapping[str, int]:
         """Number of stacked blocks."""
         return {"blocks": self.model.num_layers}
-
-    def unrolled(self, layers: Mapping[str, int]) -> Self:
-        """Return the task with this unroll factor for the scan over blocks."""
-        return replace(self, model=replace(self.model, unroll=layers["blocks"]))
 
 
 def _open(source: Path) -> Pretrained:

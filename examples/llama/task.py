@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +55,6 @@ class LlamaTask(LossAlone):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
-    def __post_init__(self) -> None:
-        """Check that the attention kernel supports the sizes."""
-        model, length = self.model, self.data.sequence_length
-        require_kernel(model.attention, model.dtype, length, model.head_dim)
-
     name: ClassVar[str] = "llama"
     unit: ClassVar[str] = "tokens"
     metrics: ClassVar[Mapping[str, Callable[[float], float]]] = {
@@ -71,6 +66,11 @@ class LlamaTask(LossAlone):
     }
     not_decayed: ClassVar[frozenset[str]] = frozenset({"scale", "embedding"})
     free: ClassVar[frozenset[str]] = frozenset({"cache_dir", "unroll"})
+
+    def __post_init__(self) -> None:
+        """Check that the attention kernel supports dtype and sizes."""
+        model, length = self.model, self.data.sequence_length
+        require_kernel(model.attention, model.dtype, length, model.head_dim)
 
     @property
     def units(self) -> int:
@@ -163,10 +163,6 @@ class LlamaTask(LossAlone):
     def show(self, models: LoadModels, data: LoadData, directory: Path) -> list[Path]:
         """Draw nothing; use ``generate`` to sample from a trained model."""
         return []
-
-    def unrolled(self, layers: Mapping[str, int]) -> Self:
-        """Return the task with another unroll factor for the scan over the blocks."""
-        return replace(self, model=replace(self.model, unroll=layers["blocks"]))
 
 
 def with_model(config: TrainConfig[LlamaTask], name: str) -> TrainConfig[LlamaTask]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -162,13 +162,6 @@ class MAETask(LossAlone):
         path = directory / "reconstructions.png"
         draw(made, path)
         return [path]
-
-    def unrolled(self, layers: Mapping[str, int]) -> Self:
-        """Return the task with these unroll factors for the scans over blocks."""
-        model = replace(
-            self.model, unroll=layers["encoder"], decoder_unroll=layers["decoder"]
-        )
-        return replace(self, model=model)
 
 
 def with_model(config: TrainConfig[MAETask], name: str) -> TrainConfig[MAETask]:

@@ -1,4 +1,4 @@
-"""Compiled programs: what they execute, move in memory, and send between devices."""
+"""Compiled programs, parsed from their HLO text."""
 
 import math
 import re
@@ -23,7 +23,7 @@ class Array(NamedTuple):
 
     @property
     def is_integer(self) -> bool:
-        """Whether the elements are integers."""
+        """Whether the elements are integers, signed or unsigned."""
         return self.dtype[0] in "su"
 
     @property
@@ -98,18 +98,15 @@ class Program:
     computations: Mapping[str, Computation] = field(repr=False)
     entry: str
 
-    def executed(
-        self, fused: bool = False
-    ) -> Iterator[tuple[Instruction, Computation, int]]:
+    def executed(self) -> Iterator[tuple[Instruction, Computation, int]]:
         """Yield each executed instruction, its computation and how often it executes.
 
-        Args:
-            fused: whether to also visit the instructions inside fusions.
+        A fusion is one instruction.
         """
-        return self._visit(self.entry, 1, fused)
+        return self._visit(self.entry, 1)
 
     def _visit(
-        self, name: str, times: int, fused: bool
+        self, name: str, times: int
     ) -> Iterator[tuple[Instruction, Computation, int]]:
         computation = self.computations[name]
         for instruction in computation.values():
@@ -118,13 +115,10 @@ class Program:
                 case "while":
                     (body,) = instruction.called("body")
                     trips = self._trips(instruction)
-                    yield from self._visit(body, times * trips, fused)
+                    yield from self._visit(body, times * trips)
                 case "call":
                     (called,) = instruction.called("to_apply")
-                    yield from self._visit(called, times, fused)
-                case "fusion" if fused:
-                    (called,) = instruction.called("calls")
-                    yield from self._visit(called, times, fused)
+                    yield from self._visit(called, times)
                 case "conditional":
                     raise NotImplementedError("counting the branches of a conditional")
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import grain
 import jax
@@ -172,9 +172,6 @@ class Task(Protocol):
             data: loads the data on which this task is validated.
             directory: the output directory.
         """
-
-    def unrolled(self, layers: Mapping[str, int]) -> Self:
-        """Return the task with its layer scans unrolled by these factors."""
 
 
 class LossAlone:

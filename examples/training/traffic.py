@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from examples.training.hlo import Array, Computation, Instruction, Program
@@ -48,30 +49,40 @@ def collectives(program: Program) -> dict[str, Collective]:
 
     Operations in a loop count once per iteration.
     """
-    # By channel and name: the parts of an asynchronous collective, which are fused with
-    # other operations, share its channel.
-    found: dict[str, dict[str, tuple[str, Collective]]] = {}
-    for instruction, _, times in program.executed(fused=True):
-        kind = _collective(instruction)
-        if kind:
-            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            parts = found.setdefault(channel[1] if channel else instruction.name, {})
-            size = times * sum(array.size for array in _results(instruction))
-            one = Collective(times, size, size * _received(kind, instruction))
-            _, before = parts.get(instruction.name, (kind, _NONE))
-            parts[instruction.name] = kind, _sum(before, one)
     counts: dict[str, Collective] = {}
-    for parts in found.values():
-        kind, one = max(parts.values(), key=lambda part: part[1].times)
-        counts[kind] = _sum(counts.get(kind, _NONE), one)
+    for instruction, _, times in program.executed():
+        for kind, size, received in _sent(program, instruction):
+            before = counts.get(kind, Collective(0, 0, 0))
+            counts[kind] = Collective(
+                before.times + times,
+                before.bytes + times * size,
+                before.received + times * received,
+            )
     return counts
 
 
-_NONE = Collective(0, 0, 0)
-
-
-def _sum(a: Collective, b: Collective) -> Collective:
-    return Collective(a.times + b.times, a.bytes + b.bytes, a.received + b.received)
+def _sent(
+    program: Program, instruction: Instruction
+) -> Iterator[tuple[str, float, float]]:
+    """Yield kind, size of the results, and bytes received of each collective."""
+    if instruction.operation != "fusion":
+        inside: Iterable[Instruction] = [instruction]
+        called = ""
+    else:
+        (called,) = instruction.called("calls")
+        inside = program.computations[called].values()
+        # The TPU compiler repeats an asynchronous collective in each fusion that it
+        # overlaps with, and in the one that ends it.
+        if called.startswith("async_collective_fusion") or _ends(instruction):
+            return
+    for each in inside:
+        kind = each.operation.removesuffix("-start")
+        if kind in _COLLECTIVES:
+            size = float(_size(_results(each)))
+            # A fusion of an all-reduce with the slice that the device keeps.
+            if called.startswith("all-reduce-scatter"):
+                kind, size = "reduce-scatter", size / _group_size(each.attributes)
+            yield kind, size, size * _received(kind, each.attributes)
 
 
 def memory_traffic(program: Program) -> float:
@@ -89,17 +100,11 @@ def memory_traffic(program: Program) -> float:
     return total
 
 
-def _collective(instruction: Instruction) -> str:
-    """Return the kind of a collective operation, or an empty string."""
-    kind = instruction.operation.removesuffix("-start")
-    return kind if kind in _COLLECTIVES else ""
-
-
-def _received(kind: str, instruction: Instruction) -> float:
+def _received(kind: str, attributes: str) -> float:
     """Return the bytes that each device receives per byte of the result, at least."""
     if kind == "collective-permute":
         return 1.0
-    devices = _group_size(instruction.attributes)
+    devices = _group_size(attributes)
     if kind == "reduce-scatter":
         return devices - 1.0
     share = (devices - 1) / devices
@@ -134,10 +139,15 @@ def _results(instruction: Instruction) -> tuple[Array, ...]:
 def _moves_nothing(instruction: Instruction) -> bool:
     operation = instruction.operation
     allocates = operation == "custom-call" and not instruction.operands
-    # An asynchronous operation moves its arrays where it starts. Those that the TPU
-    # compiler fuses with matrix products are fusions with such names.
-    ends = operation.endswith("-done") or "async-collective-done" in instruction.name
-    return allocates or ends or operation in _MOVES_NOTHING
+    return allocates or _ends(instruction) or operation in _MOVES_NOTHING
+
+
+def _ends(instruction: Instruction) -> bool:
+    """Return whether an instruction ends an operation that counts where it starts."""
+    return (
+        instruction.operation.endswith("-done")
+        or "async-collective-done" in instruction.name
+    )
 
 
 def _read(

@@ -94,6 +94,12 @@ def test_the_sequence_is_split_evenly_into_as_few_blocks_as_possible(
     assert loss.number_of_blocks(BATCH, LENGTH, VOCABULARY) == blocks
 
 
+def test_blocks_are_used_by_default_where_the_vocabulary_is_large():
+    """One block for the demo, four for four sequences of the paper's Llamas."""
+    assert loss.number_of_blocks(16, 128, 2048) == 1
+    assert loss.number_of_blocks(4, 1024, 32_000) == 4
+
+
 def test_the_logits_of_all_tokens_are_never_held(monkeypatch):
     """Neither forward nor backward; kernel and features are smaller than they."""
 

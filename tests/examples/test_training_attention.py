@@ -17,6 +17,8 @@ from examples.training.attention import (
     require_kernel,
 )
 from examples.training.checks import InputError
+from examples.training.remat import rematerialize
+from examples.training.roofline import matrix_flops
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,22 @@ def test_splash_attention_equals_that_of_xla(
         ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
         error = np.abs(ours - theirs).max() / np.abs(theirs).max()
         assert error < tolerance
+
+
+@pytest.mark.parametrize(("remat", "products"), [("none", 7), ("dots", 7), ("full", 9)])
+def test_only_full_rematerialization_computes_the_attention_again(remat, products):
+    """Two products forward and five backward, and two if it is computed again."""
+    x = jnp.ones((1, 128, 2, 64))
+
+    def loss(x):
+        def block(x, _):
+            inputs = (jnp.sin(x),) * 3
+            return attend(*inputs, causal=True, kernel="splash", interpret=True), None
+
+        return jax.lax.scan(rematerialize(block, remat), x, length=3)[0].sum()
+
+    flops = matrix_flops(jax.make_jaxpr(jax.grad(loss))(x).jaxpr)
+    assert flops / (3 * 2 * 2 * 128 * 128 * 64) == pytest.approx(products, abs=0.01)
 
 
 def test_splash_attention_on_a_mesh():

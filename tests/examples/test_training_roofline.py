@@ -190,9 +190,9 @@ INDEX = 4
 
 def test_the_memory_traffic_of_a_program():
     """Loops, slices, updates in place, and arrays in vector memory."""
-    entry = 6 * LAYER + 6 * LAYER  # Prefetched once, and the negative written.
-    slice_ = LAYER + 3 * 0 + INDEX + LAYER  # Read with the index, and written.
-    all_reduce = 2 * LAYER
+    entry = 6 * LAYER + 6 * LAYER  # Read by the prefetch; written by the negation.
+    slice_ = LAYER + INDEX + LAYER  # Read, with the index, and written.
+    all_reduce = LAYER + LAYER
     update = LAYER + INDEX + LAYER
     assert memory_traffic(parse(PROGRAM)) == entry + 6 * (slice_ + all_reduce + update)
 
@@ -244,17 +244,52 @@ def test_an_array_that_a_fusion_creates_is_written_whole():
     assert more == 6 * 5 * LAYER
 
 
-def test_a_collective_in_two_places_counts_twice():
-    twice = PROGRAM.replace(
-        "  %x.1 = f32[6,8,128]{2,1,0:T(8,128)} get-tuple-element(%f.1), index=0\n",
-        "  %a.2 = f32[1,8,128]{2,1,0:T(8,128)} all-reduce(%f.0), channel_id=2, "
+def test_each_collective_counts_whatever_its_channel():
+    """Unrelated ones may have the same channel."""
+    line = "  %x.1 = f32[6,8,128]{2,1,0:T(8,128)} get-tuple-element(%f.1), index=0\n"
+    second = (
+        "  %a.2 = f32[1,8,128]{2,1,0:T(8,128)} all-reduce(%f.0), channel_id=1, "
         "replica_groups=[2,4]<=[8], to_apply=%add\n"
-        "  %x.1 = f32[6,8,128]{2,1,0:T(8,128)} get-tuple-element(%f.1), index=0\n",
     )
-    assert collectives(parse(twice))["all-reduce"].times == 12
-    # The parts of an asynchronous collective share its channel.
-    same = twice.replace("channel_id=2", "channel_id=1")
-    assert collectives(parse(same))["all-reduce"].times == 6
+    assert line in PROGRAM
+    found = collectives(parse(PROGRAM.replace(line, second + line)))
+    assert found["all-reduce"].times == 12
+
+
+FUSED = """%{computation} (p.0: f32[8,128]) -> f32[8,128] {{
+  %p.0 = f32[8,128]{{1,0}} parameter(0)
+  ROOT %c.0 = f32[8,128]{{1,0}} {operation}(%p.0), channel_id=3, \
+replica_groups=[2,4]<=[8]
+}}
+
+ENTRY %main (p.1: f32[8,128]) -> f32[8,128] {{
+  %p.1 = f32[8,128]{{1,0}} parameter(0)
+  ROOT %{fusion} = f32[8,128]{{1,0}} fusion(%p.1), kind=kCustom, calls=%{computation}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fusion", "computation", "operation", "counts"),
+    [
+        ("async-collective-start.1", "fused.1", "all-gather", True),
+        ("fusion.1", "async_collective_fusion.1", "all-gather", False),
+        ("async-collective-done.1", "fused.1", "all-gather", False),
+    ],
+)
+def test_a_fused_asynchronous_collective_counts_where_it_starts(
+    fusion, computation, operation, counts
+):
+    text = FUSED.format(fusion=fusion, computation=computation, operation=operation)
+    expected = {operation: Collective(1, 4096, 3 / 4 * 4096)} if counts else {}
+    assert collectives(parse(text)) == expected
+
+
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    text = FUSED.format(
+        fusion="f.1", computation="all-reduce-scatter.1", operation="all-reduce"
+    )
+    assert collectives(parse(text)) == {"reduce-scatter": Collective(1, 1024, 3 * 1024)}
 
 
 @pytest.mark.parametrize(
@@ -265,7 +300,7 @@ def test_a_collective_in_two_places_counts_twice():
         (
             "%n.0 = f32[6,8,128]{2,1,0:T(8,128)} negate(",
             "%n.0 = f32[] conditional(",
-            "of",
+            "branches of a conditional",
         ),
     ],
 )

@@ -149,6 +149,11 @@ def test_a_mesh_trains_as_one_device(name, mesh, on_one_device):
     np.testing.assert_allclose(measured, on_one_device(name), rtol=TOLERANCE)
 
 
+def test_a_task_may_have_no_sizes_that_a_mesh_axis_must_divide(monkeypatch):
+    monkeypatch.setattr(LlamaTask, "divided", {})
+    assert make_mesh(replace(CONFIG, mesh=(1, 1, 8))).size == 8
+
+
 def test_a_partly_lost_gradient_is_detected(on_one_device, monkeypatch):
     """The tolerance is not too large, even for Lion, which uses only signs."""
 
