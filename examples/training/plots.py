@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -33,7 +34,8 @@ def plot(
 
     Each curve is the mean over the seeds at a side's best point, shaded over their
     range. Next to the curves are the final losses over one swept setting, or, over two,
-    a heat map per side on a common color scale.
+    a heat map per side on a common color scale. If the runs of a sweep were evaluated
+    only at their end, there are no curves.
 
     Args:
         histories: the runs.
@@ -42,14 +44,17 @@ def plot(
     """
     swept = _swept(histories)
     sides = list(_colors(histories)) if len(swept) > 1 else []
-    panels = 1 + (1 if len(swept) == 1 else len(sides))
+    curves = histories if curves is None else curves
+    has_curves = not swept or any(len(history.evaluations) > 1 for history in curves)
+    panels = has_curves + (1 if len(swept) == 1 else len(sides))
     figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    _plot_curves(axes[0], histories if curves is None else curves)
+    if has_curves:
+        _plot_curves(axes[0], curves)
     if len(swept) == 1:
-        _plot_final_losses(axes[1], histories, *swept[0])
+        _plot_final_losses(axes[-1], histories, *swept[0])
     elif swept:
-        _plot_maps(axes[1:], histories, sides, swept[:2])
+        _plot_maps(axes[has_curves:], histories, sides, swept[:2])
     figure.savefig(path, dpi=150)
 
 
@@ -88,7 +93,7 @@ def _plot_curves(axes: Axes, histories: Sequence[History]) -> None:
         steps = [e.step for e in seeds[0].evaluations]
         losses = np.array([[e.loss for e in h.evaluations] for h in seeds])
         late += losses[:, losses.shape[1] // 6 :].max(0).tolist()
-        label = f"{side.title}, {write_point(seeds[0].run.point)}"
+        label = textwrap.fill(f"{side.title}, {write_point(seeds[0].run.point)}", 48)
         axes.plot(steps, losses.mean(0), line, color=color, linewidth=2, label=label)
         if len(seeds) > 1:
             axes.fill_between(
@@ -154,7 +159,8 @@ def _plot_final_losses(
             capsize=3,
             label=side.title,
         )
-    axes.set_xticks(range(len(values)), values)
+    labels = [textwrap.fill(value, 24, break_long_words=False) for value in values]
+    axes.set_xticks(range(len(values)), labels)
     axes.set_xlabel(name.replace("_", " "))
     axes.set_ylabel("validation loss")
     axes.set_title("Final loss")

@@ -190,6 +190,33 @@ def test_the_figure_has_another_panel_for_several_learning_rates(tmp_path):
         assert len(one.convert("RGB").getcolors(maxcolors=2**24) or ()) > 10
 
 
+def test_runs_of_a_sweep_that_were_evaluated_once_have_no_curves(tmp_path, monkeypatch):
+    """Nor do long names of runs run over the edge of the figure."""
+    figures = []
+
+    class Recorded(Figure):
+        def savefig(self, *args, **kwargs):
+            figures.append(self)
+            super().savefig(*args, **kwargs)
+
+    monkeypatch.setattr(plots, "Figure", Recorded)
+    names = [
+        f"{side}-learning_rate=0.002-seed0" for side in ("adamw", "cautious-adamw")
+    ]
+    for losses in ([3.0], [4.0, 3.0]):
+        runs = [history(*losses, point=(("from_run", name),)) for name in names]
+        plots.plot(runs, tmp_path / "report.png")
+    once, curves = ([axes.get_title() for axes in figure.axes] for figure in figures)
+    assert once == ["Final loss"]
+    assert curves == ["Each optimizer at its best", "Final loss"]
+    for figure in figures:
+        bounds = figure.bbox.padded(1)
+        for axes in figure.axes:
+            box = axes.get_tightbbox()
+            assert bounds.x0 <= box.x0
+            assert box.x1 <= bounds.x1
+
+
 def test_a_heat_map_distinguishes_missing_from_diverged_runs():
     points = [(("b1", b1), ("b2", b2)) for b1 in "12" for b2 in "34"]
     runs = [
