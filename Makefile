@@ -68,7 +68,7 @@ costs: $(VENV)/.examples  ## report what caution costs on a TPU, by its compiler
 	.venv-tpu/bin/python -m benchmarks.training_step tpu
 
 # It has its own environment too. NVIDIA's libraries, some gigabytes, are not needed.
-costs-gpu:  ## report what caution moves on a GPU, by its compiler; needs Python 3.12 or later, no GPU
+costs-gpu:  ## count what caution moves on a GPU, with its compiler; needs Python 3.12 or later, no GPU
 	@$(MAKE) --no-print-directory VENV=.venv-gpu .venv-gpu/.test
 	.venv-gpu/bin/pip install --quiet --disable-pip-version-check tqdm tyro tabulate \
 	  'jax>=0.12'

@@ -13,7 +13,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def rematerialize(block: _F, remat: Remat) -> _F:
-    """Choose what is kept of a block of layers inside a scan.
+    """Choose what the backward pass keeps of a block of layers in a scan.
 
     Args:
         block: a function that computes the block.
