@@ -19,7 +19,7 @@ class Array(NamedTuple):
     dtype: str
     dimensions: tuple[int, ...]
     layout: str
-    """Dimensions from the fastest to the slowest varying, then tiles and memory space."""
+    """Dimensions from fastest to slowest varying, then tiles and memory space."""
 
     @property
     def is_integer(self) -> bool:
