@@ -39,10 +39,11 @@ def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> N
         panel.axvline(0, color="black", linewidth=1)
         panel.set_title(f"against {other}", fontsize="medium")
         panel.set_xlabel(f"difference in {what}")
+        panel.locator_params(axis="x", nbins=6)
         panel.grid(alpha=0.25, axis="x")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(arms)), arms)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(arms) - 0.5, -0.5)  # The first arm on top.
     figure.savefig(path, dpi=150)
 
 
