@@ -9,12 +9,12 @@ from benchmarks.study.outcomes import Comparison
 
 
 def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> None:
-    """Plot the difference of each comparison with its interval.
+    """Plot the difference of each comparison with its interval, unless runs diverged.
 
     Each arm that others are compared with has a panel.
 
     Args:
-        compared: the comparisons.
+        compared: the comparisons, at least one.
         path: the file to write.
         what: the compared quantity, for the axis label.
     """
@@ -26,6 +26,8 @@ def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> N
     for panel, other in zip(panels, others, strict=True):
         for comparison in compared:
             if comparison.other.title != other or comparison.dropped_in:
+                continue
+            if comparison.diverged:
                 continue
             mean, low, high = comparison.difference
             panel.errorbar(
@@ -57,6 +59,8 @@ def plot_sizes(compared: Sequence[tuple[int, Comparison]], path: Path) -> None:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for count, comparison in compared:
+        if comparison.diverged:
+            continue
         mean, low, high = comparison.difference
         left.errorbar(
             count,

@@ -1,5 +1,6 @@
 """The outcomes of a question: differences, ratios of steps, and times."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from benchmarks.study.run import (
     tuning_runs,
 )
 from examples.training.history import (
+    Evaluation,
     Group,
     History,
     Interval,
+    Run,
     by_seed,
     paired_difference,
     speed_up,
@@ -46,7 +49,12 @@ class Comparison:
 
     @property
     def difference(self) -> Interval:
-        """The mean of arm - other over the seeds; for losses, negative is better."""
+        """The mean of arm - other over the seeds; for losses, negative is better.
+
+        It is NaN if a run diverged.
+        """
+        if self.diverged:
+            return Interval(math.nan, math.nan, math.nan)
         pairs = by_seed(self.others, self.own)
         return paired_difference(
             [outcome(other, self.score) for other, _ in pairs],
@@ -54,10 +62,20 @@ class Comparison:
         )
 
     @property
+    def diverged(self) -> int:
+        """The number of seeds with which a run of either arm diverged."""
+        return sum(
+            not all(np.isfinite(outcome(run, self.score)) for run in pair)
+            for pair in by_seed(self.others, self.own)
+        )
+
+    @property
     def verdict(self) -> str:
         """The interpretation of the interval."""
+        if self.diverged:
+            return f"diverged with {self.diverged} of {len(self.own)} seeds"
         _, low, high = self.difference
-        if not (low > 0 or high < 0):  # Also if a run diverged.
+        if low <= 0 <= high:
             return "no difference seen"
         return "better" if (low > 0) == bool(self.score) else "worse"
 
@@ -169,6 +187,41 @@ def edges(question: Question, histories: Sequence[History]) -> list[str]:
                     f"{end} that was tried."
                 )
     return lines
+
+
+def twins(question: Question, histories: Sequence[History]) -> list[str]:
+    """Report arms with the same losses as an arm that they are compared with."""
+    found = {history.run: history.evaluations for history in histories}
+    arms = {arm.title: arm for arm in question.arms}
+    lines = []
+    for arm in question.arms:
+        for title in arm.against:
+            pairs = [
+                (found[run], found[other])
+                for run in found
+                for other in [_counterpart(run, arm, arms[title])]
+                if other in found
+            ]
+            same = sum(_losses(own) == _losses(others) for own, others in pairs)
+            if same:
+                lines.append(
+                    f"{arm.title} has the same loss as {title} at every evaluation in "
+                    f"{same} of {len(pairs)} pairs of runs with the same grid point "
+                    "and seed."
+                )
+    return lines
+
+
+def _counterpart(run: Run, arm: Arm, other: Arm) -> Run | None:
+    """Return the other arm's run at the grid point and seed of a run of an arm."""
+    point = run.point[: len(run.point) - len(arm.settings)]
+    if run != run_of(arm, point, run.seed):
+        return None  # A run of another arm.
+    return run_of(other, point, run.seed)
+
+
+def _losses(evaluations: Sequence[Evaluation]) -> list[float]:
+    return [evaluation.loss for evaluation in evaluations]
 
 
 class TimeRatio(NamedTuple):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.study import records
 from benchmarks.study.figures import plot_differences, plot_sizes
@@ -14,6 +15,7 @@ from benchmarks.study.outcomes import (
     outcome,
     robustness,
     time_ratios,
+    twins,
 )
 from benchmarks.study.questions import (
     PUBLISHED,
@@ -43,13 +45,20 @@ no number is typed by hand.
 
 A question compares several arms, such as AdamW with and without caution. All arms are
 tuned on the same grid (exceptions are listed) with seed {tuning}: at all of its points,
-or, where it says "one setting at a time", first the learning rate and then the other
-setting at the best rate. They are trained again at their best points with other seeds
-for the weights and the data order, because the best of many runs is partly luck. A
-difference is the mean difference of the final validation losses (or of the named
-score), paired by seed, with Student's 95% interval; if it includes zero, the table says
-"no difference seen". The ratio of steps is the number of steps of the other arm divided
-by the number that this arm needs to reach the other's final loss.
+or, where it says "one setting at a time", first the learning rate, with the other
+setting at the first value listed, then the other setting at the best rate, and so on
+until the best point does not change. The best point is that of the lowest validation
+loss; the grids are coarse, so a better one may lie between two of their points. Each
+arm is trained again at its best point with other seeds for the weights and the data
+order, because the best of many runs is partly luck. Where a row says "at the settings
+of" the other arm, only the optimizer was changed.
+
+A difference is the final validation loss (or the named score) of the arm minus that of
+the arm it is compared with, so that a negative difference of losses is better. It is
+the mean over the seeds, paired, with Student's 95% interval; if this includes zero, the
+table says "no difference seen". The ratio of steps is the number of steps of the other
+arm divided by the number that this arm needs to reach the other's final loss,
+interpolated between evaluations.
 """
 
 
@@ -101,13 +110,19 @@ def table(question: Question, histories: Sequence[History]) -> str:
             rows.append([*_arm_cells(arm.title, group, question.score), *[""] * 4])
         rows += [
             [
-                *_arm_cells(arm.title, comparison.own, question.score),
+                *_arm_cells(_title(comparison), comparison.own, question.score),
                 comparison.other.title,
                 *_difference_cells(comparison),
             ]
             for comparison in own
         ]
     return markdown_table([row[: len(header)] for row in rows], header)
+
+
+def _title(comparison: Comparison) -> str:
+    if comparison.dropped_in:
+        return f"{comparison.arm.title}, at the settings of {comparison.other.title}"
+    return comparison.arm.title
 
 
 def _arm_cells(title: str, group: Group, score: str) -> list[str]:
@@ -120,7 +135,8 @@ def _arm_cells(title: str, group: Group, score: str) -> list[str]:
 
 def _difference_cells(comparison: Comparison) -> list[str]:
     mean, low, high = comparison.difference
-    cells = [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", comparison.verdict]
+    difference = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    cells = ["" if comparison.diverged else difference, comparison.verdict]
     return cells if comparison.score else [*cells, _ratio(comparison)]
 
 
@@ -133,20 +149,26 @@ def _ratio(comparison: Comparison) -> str:
 
 
 def _summary(answers: Answers) -> list[str]:
-    """Summarize the first comparison of each arm, both at their best points."""
-    rows = [
-        [
-            f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})",
-            comparison.arm.title,
-            comparison.other.title,
-            comparison.score or "validation loss",
-            *_difference_cells(comparison),
-        ]
-        for name, histories in answers.items()
-        for comparison in compare_all(QUESTIONS[name], histories)
-        if not comparison.dropped_in
-        and comparison.other.title == comparison.arm.against[0]
-    ]
+    """Summarize the comparisons of arms at their best points.
+
+    Runs that answer several questions are compared once.
+    """
+    found: dict[Any, list[str]] = {}
+    for name, histories in answers.items():
+        for comparison in compare_all(QUESTIONS[name], histories):
+            if comparison.dropped_in:
+                continue
+            runs = [h.evaluations for h in (*comparison.own, *comparison.others)]
+            key = comparison.arm.title, comparison.other.title, *runs
+            row = [
+                f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})",
+                comparison.arm.title,
+                comparison.other.title,
+                comparison.score or "validation loss",
+                *_difference_cells(comparison),
+            ]
+            found.setdefault(key, row)
+    rows = [*found.values()]
     if not rows:
         return []
     header = (
@@ -215,7 +237,7 @@ def _section(
         f"## {question.title}",
         "",
         f"{count_parameters(config.task):,} parameters, {config.steps} steps of "
-        f"{config.task.describe()}. Tried"
+        f"{config.task.describe()}, {_fixed(question)}. Tried"
         + ", one setting at a time" * question.one_at_a_time
         + f": {tried}. "
         + "".join(f"{exception} " for exception in exceptions)
@@ -225,9 +247,11 @@ def _section(
         table(question, histories),
         "",
         *[f"- {line}" for line in edges(question, histories)],
+        *[f"- {line}" for line in twins(question, histories)],
     ]
     compared = compare_all(question, histories)
-    if len(question.arms) == 2 and not question.one_at_a_time:
+    has_maps = len(question.arms) == 2 and not question.one_at_a_time
+    if has_maps:
         lines += [
             f"- {found.arm.title}: of {found.points} points, {found.near_own} are "
             f"within {NEAR:g} of its best, {found.best:.4f}, and {found.near_all} "
@@ -235,17 +259,32 @@ def _section(
             for found in robustness(question, histories)
         ]
         tuning = [h for h in histories if h.run.seed == TUNING_SEED]
-        plots.plot(tuning, figure, curves=[*compared[-1].others, *compared[-1].own])
-    else:
+        curves = [run for c in compared[-1:] for run in (*c.others, *c.own)]
+        plots.plot(tuning, figure, curves=curves)
+    elif compared:
         plot_differences(compared, figure, question.score or "validation loss")
-    return [
-        *lines,
+    lines += [
         "",
         f"`python -m benchmarks.study run {name}`, [{name}.csv](results/{name}.csv)",
         "",
-        f"![{question.title}](results/{name}.png)",
-        "",
     ]
+    if compared or has_maps:
+        lines += [f"![{question.title}](results/{name}.png)", ""]
+    return lines
+
+
+def _fixed(question: Question) -> str:
+    """Describe the settings of the optimizer that are not tuned."""
+    optimizer = question.config.optimizer
+    values = {name: getattr(optimizer, name) for name in ("b1", "b2", "weight_decay")}
+    described = [
+        f"{name.replace('_', ' ')} {value:g}"
+        for name, value in values.items()
+        if value is not None and name not in question.grid
+    ]
+    if optimizer.max_grad_norm is not None:
+        described.append(f"gradients clipped at norm {optimizer.max_grad_norm:g}")
+    return ", ".join([*described, f"{optimizer.schedule} schedule"])
 
 
 def _sizes(answers: Answers, results_dir: Path) -> list[str]:
@@ -286,7 +325,8 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
         "tokens per parameter. None is trained for as long as is usual for its size, "
         "and models in use are at least a hundred times larger: these runs cannot tell "
         "whether the difference persists there. Triangles mark sizes at which cautious "
-        "AdamW did not reach AdamW's final loss with some seeds.",
+        "AdamW did not reach AdamW's final loss with some seeds. The sections of the "
+        "sizes list the grids, which differ.",
         "",
         markdown_table(rows, header),
         "",
@@ -338,10 +378,13 @@ def _times(answers: Answers) -> list[str]:
     return [
         "## In time, not steps?",
         "",
-        "Arms at the same grid point took turns in one process, 50 steps at a time, on "
-        "one core of a CPU whose other core was busy. Seconds per step, ratio: for "
-        "each pair of runs, the median step time of the arm divided by that of the arm "
-        "it is compared with. Ratio of times: the ratio of steps divided by this.",
+        "Arms at the same grid point took turns in one process, at most 50 steps at a "
+        "time, on one core of a CPU whose other core was busy. Seconds per step, "
+        "ratio: for each pair of runs, the median step time of the arm divided by that "
+        "of the arm it is compared with. Where both use the same optimizer, this shows "
+        "how precise the measurement is. Ratio of times: the ratio of steps divided by "
+        "the ratio of seconds per step, for arms that reached the other's loss with "
+        "all seeds.",
         "",
         markdown_table(rows, header),
         "",

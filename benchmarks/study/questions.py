@@ -44,8 +44,9 @@ class Question:
     grid: Grid
     arms: tuple[Arm, ...]
     one_at_a_time: bool = False
-    """Whether to tune the settings of the grid in their order, each with the others at
-    the best value found so far, or else the first listed, instead of all points."""
+    """Whether to tune the settings of the grid in turn, each with the others at the
+    best value found so far, or else the first listed, until the best point does not
+    change, instead of all points."""
     drop_in: bool = True
     """Whether to also train each arm at the best point of the first arm that it is
     compared with, which shows the effect of turning on caution without retuning."""
@@ -105,10 +106,20 @@ def _sized(
 
 _RATES = ("0.001", "0.002", "0.004", "0.008")
 _OF_DEMO = ("0.002", "0.004", "0.008")
+_LOWER_RATES = replace(_ADAMW, grid={"learning_rate": ("0.001", "0.002", "0.004")})
+"""AdamW for the demo's model, where its best rate at b1 0.9 is lower than caution's."""
 _OF_SMALL = ("0.004", "0.008", "0.016")
 _SMALL = _sized(64, 172, 2, 2, 1)
 _B1 = ("0.9", "0.8", "0.95")
-_LARGER: Grid = {"learning_rate": ("0.001", "0.002", "0.004"), "b1": _B1}
+_LARGER: Grid = {
+    "learning_rate": ("0.001", "0.002", "0.004"),
+    "b1": ("0.8", "0.6", "0.9"),
+}
+_LARGER_ARMS = (_ADAMW, replace(_CAUTIOUS, grid={"b1": ("0.95", "0.9", "0.98")}))
+_FROM_SMALLER = (
+    "Tuning starts at the value of b1 that is best for each arm, or tied with the "
+    "best, in the Llama of 1 million parameters."
+)
 
 
 _OPPOSED = (
@@ -120,10 +131,9 @@ _OPPOSED = (
 def _family(rates: tuple[str, ...]) -> tuple[Arm, ...]:
     """List AdamW, the published rule, and its variants.
 
-    Without rescaling, a masked update covers about half the distance at the same rate,
-    so this arm has rates twice as high.
+    The arms that do not rescale also have lower and higher rates.
     """
-    twice: Grid = {"learning_rate": tuple(f"{2 * float(rate):g}" for rate in rates)}
+    wider: Grid = {"learning_rate": ("0.002", *rates, "0.032")}
     return (
         _ADAMW,
         _CAUTIOUS,
@@ -131,18 +141,20 @@ def _family(rates: tuple[str, ...]) -> tuple[Arm, ...]:
         _variant("neutral: follow", neutral="follow"),
         _variant("neutral: ignore", neutral="ignore"),
         *_OPPOSED,
-        _variant("opposed weight -1 (Grams)", opposed_weight="-1.0"),
+        _variant("opposed weight -1", opposed_weight="-1.0"),
         _variant("renormalize: plus one", renormalize="plus_one"),
-        _variant("renormalize: none", twice, renormalize="none"),
+        _variant("renormalize: none", wider, renormalize="none"),
+        _variant("Grams", wider, opposed_weight="-1.0", renormalize="none"),
         _variant("alignment: leaf", alignment="leaf"),
         _variant("alignment: tree", alignment="tree"),
     )
 
 
 _OF_RULE = (
-    "All at b1 0.9. The ten variants are compared with cautious AdamW, the published "
-    "rule, and with AdamW. If none of them differed, two in five such tables would "
-    "still have at least one 95% interval, of ten, that excludes zero."
+    "The eleven variants, which [Rules](rules.md) defines, are compared with cautious "
+    "AdamW, the published rule, and with AdamW. If none of them differed from the "
+    "published rule, up to two in five such tables would still have at least one of "
+    "eleven 95% intervals that excludes zero."
 )
 
 
@@ -160,7 +172,7 @@ QUESTIONS: dict[str, Question] = {
         "Does caution help AdamW when both are tuned?",
         _LLAMA,
         {
-            "learning_rate": ("0.002", "0.004", "0.008"),
+            "learning_rate": ("0.002", "0.003", "0.004", "0.008"),
             "b1": ("0.4", "0.6", "0.8", "0.9", "0.95", "0.98"),
         },
         _with_and_without(),
@@ -178,17 +190,20 @@ QUESTIONS: dict[str, Question] = {
         "A Llama of 4 million parameters",
         _sized(256, 688, 4, 8, 4),
         _LARGER,
-        _with_and_without(),
+        _LARGER_ARMS,
         one_at_a_time=True,
+        drop_in=False,
+        note=_FROM_SMALLER,
     ),
     "size-9m": Question(
         "A Llama of 9 million parameters",
         _sized(384, 1032, 5, 8, 4),
         _LARGER,
-        _with_and_without(),
+        _LARGER_ARMS,
         one_at_a_time=True,
         drop_in=False,
-        seeds=(1, 2),
+        seeds=(1, 2, 3),
+        note=_FROM_SMALLER,
     ),
     "rule-0.3m": Question(
         "Which part of the rule matters?",
@@ -201,22 +216,22 @@ QUESTIONS: dict[str, Question] = {
     "rule": Question(
         "Do the better variants also beat the published rule in a larger Llama?",
         _LLAMA,
-        {"learning_rate": ("0.002", "0.004")},
-        (_ADAMW, _CAUTIOUS, *_OPPOSED),
+        {"learning_rate": _OF_DEMO},
+        (_LOWER_RATES, _CAUTIOUS, *_OPPOSED),
         drop_in=False,
-        note="All at b1 0.9. Only the two variants that beat the published rule in the "
+        note="Only the two variants that end lower than the published rule in the "
         "smaller Llama.",
     ),
     "decay": Question(
         "Does cautious weight decay help, alone and with caution?",
         _LLAMA,
-        {"learning_rate": ("0.002", "0.004"), "weight_decay": ("0.1", "0.5", "1", "2")},
+        {"learning_rate": _OF_DEMO, "weight_decay": ("0.1", "0.5", "1", "2")},
         (
-            _ADAMW,
-            Arm(
-                "AdamW, cautious decay",
-                _ADAMW.side,
-                {"cautious_decay": "true"},
+            _LOWER_RATES,
+            replace(
+                _LOWER_RATES,
+                title="AdamW, cautious decay",
+                settings={"cautious_decay": "true"},
                 against=(_ADAMW.title,),
             ),
             _CAUTIOUS,
@@ -229,7 +244,6 @@ QUESTIONS: dict[str, Question] = {
         ),
         one_at_a_time=True,
         drop_in=False,
-        note="All at b1 0.9.",
     ),
     "lion": Question(
         "Does caution help Lion?",
@@ -240,7 +254,8 @@ QUESTIONS: dict[str, Question] = {
         },
         _with_and_without("lion"),
         one_at_a_time=True,
-        note="b2, the decay of Lion's momentum, is 0.95.",
+        note="For Lion, b1 weights the momentum in the update, and b2 is the "
+        "momentum's decay.",
     ),
     "muon": Question(
         "Does caution help Muon?",
@@ -256,6 +271,7 @@ QUESTIONS: dict[str, Question] = {
             ),
         ),
         one_at_a_time=True,
+        drop_in=False,
         note="Embedding, head and norms are left to AdamW, with the same b1.",
     ),
     "mae": Question(
@@ -289,7 +305,7 @@ QUESTIONS: dict[str, Question] = {
 """The questions by name, in the order of the page."""
 
 SIZES = ("size-0.3m", "adamw", "size-4m", "size-9m")
-"""The questions that differ only in model size."""
+"""The questions that differ in model size, and in how they are tuned."""
 
 RULES = ("rule-0.3m", "rule")
 """The questions that compare the same variants of the rule at several sizes."""

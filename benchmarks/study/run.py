@@ -28,8 +28,9 @@ def tuning_points(
 ) -> list[Point]:
     """List the points at which an arm is tuned.
 
-    For a question that is tuned one setting at a time, the points of the first setting
-    whose runs are not all in the histories are the last.
+    For a question that is tuned one setting at a time, the list ends with the points
+    of the first setting whose runs are not all in the histories, or when the best point
+    did not change.
     """
     grid = {**question.grid, **arm.grid}
     if not question.one_at_a_time:
@@ -38,15 +39,20 @@ def tuning_points(
     losses = {history.run: history.final_loss for history in histories}
     best = {name: values[0] for name, values in grid.items()}
     tried: dict[Point, None] = {}
-    for name, values in grid.items():
-        line: list[Point] = [tuple({**best, name: value}.items()) for value in values]
-        tried |= dict.fromkeys(line)
-        runs = {point: run_of(arm, point, TUNING_SEED) for point in line}
-        if not losses.keys() >= {*runs.values()}:
-            break
-        lowest = min(runs, key=lambda point: losses[runs[point]])
-        best = dict(lowest)
-    return list(tried)
+    while True:
+        before = best
+        for name, values in grid.items():
+            line: list[Point] = [
+                tuple({**best, name: value}.items()) for value in values
+            ]
+            tried |= dict.fromkeys(line)
+            runs = {point: run_of(arm, point, TUNING_SEED) for point in line}
+            if not losses.keys() >= {*runs.values()}:
+                return list(tried)
+            lowest = min(runs, key=lambda point: losses[runs[point]])
+            best = dict(lowest)
+        if best == before:
+            return list(tried)
 
 
 def tuning_runs(question: Question, histories: Iterable[History] = ()) -> Runs:

@@ -22,7 +22,7 @@ from benchmarks.study.questions import (
     Question,
 )
 from examples.training.engine import make_engine
-from examples.training.history import Evaluation, History, Side
+from examples.training.history import Evaluation, History, Run, Side
 
 DOCS = Path(__file__).parents[2] / "docs"
 BASE, CAUTIOUS = Side("adamw", False), Side("adamw", True)
@@ -131,6 +131,40 @@ def test_settings_are_tuned_one_at_a_time():
     assert "better" in page.table(question, histories)
 
 
+def test_settings_are_tuned_until_the_best_point_does_not_change():
+    # The best rate depends on b1: with 0.9 it is 0.002, with 0.8 it is 0.004.
+    losses = {
+        ("0.001", "0.9"): 3.3,
+        ("0.002", "0.9"): 3.2,
+        ("0.004", "0.9"): 3.4,
+        ("0.002", "0.8"): 3.1,
+        ("0.001", "0.8"): 3.2,
+        ("0.004", "0.8"): 3.0,
+    }
+    question = replace(
+        QUESTION,
+        grid={"learning_rate": ("0.001", "0.002", "0.004"), "b1": ("0.9", "0.8")},
+        arms=QUESTION.arms[:1],
+        one_at_a_time=True,
+    )
+    histories: list[History] = []
+    counts = []
+    while len(runs := study_run.tuning_runs(question, histories)) > len(histories):
+        counts.append(len(runs))
+        histories = [
+            replace(
+                history(run),
+                evaluations=(
+                    Evaluation(600, losses[tuple(dict(run.point).values())], 1),
+                ),
+            )
+            for run in runs
+        ]
+    assert counts == [3, 4, 6]
+    best = study_run.best_points(question, histories)["AdamW"]
+    assert dict(best) == {"learning_rate": "0.004", "b1": "0.8"}
+
+
 def test_an_arm_is_tuned_at_the_best_rate_although_others_diverged():
     question = replace(
         QUESTION,
@@ -170,11 +204,81 @@ def test_an_arm_that_diverges_everywhere_is_reported():
     assert "diverged at every point" in page.table(QUESTION, histories)
 
 
+@pytest.mark.parametrize("count", [1, len(SEEDS)])
+def test_runs_that_diverge_in_the_comparison_are_reported(count, tmp_path, monkeypatch):
+    def diverge(h):
+        hit = h.run.side == CAUTIOUS and h.run.seed in SEEDS[:count]
+        return replace(h, diverged_at=300, evaluations=(), scores={}) if hit else h
+
+    two = replace(QUESTION, arms=QUESTION.arms[:2])
+    questions = {"maps": two, "line": replace(two, one_at_a_time=True)}
+    questions |= {"score": replace(two, score="accuracy")}
+    questions |= {name: two for name in SIZES[:2]}
+    monkeypatch.setattr(page, "QUESTIONS", questions)
+    for name, question in questions.items():
+        records.write(map(diverge, answered(question)), tmp_path / f"{name}.csv")
+    page.draw(tmp_path, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    assert f"diverged with {count} of 5 seeds" in text
+    assert "no difference seen" not in text.split("## In short")[1]
+
+
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+def test_a_page_is_drawn_if_an_arm_diverges_everywhere(
+    one_at_a_time, tmp_path, monkeypatch
+):
+    question = replace(
+        QUESTION, arms=QUESTION.arms[:2], one_at_a_time=one_at_a_time, drop_in=False
+    )
+    histories = [
+        replace(h, diverged_at=7, scores={}) if h.run.side == BASE else h
+        for h in map(history, study_run.tuning_runs(question))
+    ]
+    histories += map(history, study_run.compared_runs(question, histories))
+    records.write(histories, tmp_path / "a.csv")
+    monkeypatch.setattr(page, "QUESTIONS", {"a": question})
+    page.draw(tmp_path, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    assert "diverged at every point" in text
+    assert ("results/a.png" in text) == (tmp_path / "a.png").exists()
+
+
+def test_arms_with_the_same_losses_are_reported():
+    histories = [
+        h
+        if h.run.side == BASE or "neutral" in dict(h.run.point)
+        else replace(h, evaluations=(Evaluation(600, 2.5, 0.5),))
+        for h in answered()
+    ]
+    # At 0.002 and 0.004 with the tuning seed, and at 0.002 with five others, of which
+    # only seed 1 has equal losses.
+    assert outcomes.twins(QUESTION, histories) == [
+        "follow has the same loss as AdamW at every evaluation in 3 of 7 pairs of runs "
+        "with the same grid point and seed.",
+    ]
+
+
+def test_runs_that_answer_two_questions_are_summarized_once(tmp_path, monkeypatch):
+    two = replace(QUESTION, arms=QUESTION.arms[:2])
+    monkeypatch.setattr(page, "QUESTIONS", {"a": two, "b": QUESTION})
+    for name, question in page.QUESTIONS.items():
+        records.write(answered(question), tmp_path / f"{name}.csv")
+    page.draw(tmp_path, tmp_path / "results.md")
+    summary = (tmp_path / "results.md").read_text().split("\n## ")[1]
+    rows = [line.split("|") for line in summary.splitlines()[4:] if "|" in line]
+    assert [(row[2].strip(), row[3].strip()) for row in rows] == [
+        ("cautious AdamW", "AdamW"),
+        ("follow", "cautious AdamW"),
+        ("follow", "AdamW"),
+    ]
+
+
 def test_the_table_shows_intervals_and_verdicts():
     lines = page.table(QUESTION, answered()).splitlines()
     base, drop_in, own, dropped, follow, follow_base = lines[2:]
     assert "| AdamW" in base
     assert "3.0120 (3.0000 to 3.0200)" in base
+    assert "cautious AdamW, at the settings of AdamW" in drop_in
     assert "learning rate 0.002" in drop_in
     assert "+0.0000 (+0.0000 to +0.0000)" in drop_in
     assert "no difference seen" in drop_in
@@ -273,18 +377,26 @@ def test_runs_are_trained_once_and_kept_in_order(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_a_question_can_be_planned(name):
+def test_a_question_can_be_planned(name, tmp_path):
     question = QUESTIONS[name]
     titles = [arm.title for arm in question.arms]
     assert len({*titles}) == len(titles)
     assert all({*arm.against} <= {*titles} for arm in question.arms)
     assert not question.arms[0].against
-    configs = {}
+    configs: dict[str, Run] = {}
     for run, config in study_run.tuning_runs(question).items():
         make_engine(config)
         assert configs.setdefault(str(config), run) == run
     assert len(question.seeds) > 1
     assert TUNING_SEED not in question.seeds
+    # The file keeps the order of the settings, by which runs are found again.
+    histories = [
+        replace(history(run), scores={}) for run in study_run.tuning_runs(question)
+    ]
+    records.write(histories, tmp_path / "a.csv")
+    assert [h.run for h in records.read(tmp_path / "a.csv")] == [
+        h.run for h in histories
+    ]
 
 
 def test_a_page_of_answers_is_drawn(tmp_path, monkeypatch):
