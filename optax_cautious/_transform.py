@@ -125,7 +125,7 @@ def cautious(
         ``min_fraction`` and ``neutral`` only affect ``"element"``.
       opposed_weight: scalar in [-1, 1]; may be traced, in which case its range is not
         checked. The weight of a coordinate that disagrees: 0 is Cautious, 1 the base
-        optimizer, -1 Grams, and values in between are soft caution.
+        optimizer, -1 Grams (without rescaling), and values in between are soft caution.
       renormalize: how the surviving coordinates are rescaled. ``"clamp"``: as above.
         ``"plus_one"``: by :math:`n / (n \rho + 1)`, as in the paper's first version.
         ``None``: not at all.
