@@ -45,9 +45,9 @@ glue: $(VENV)/.examples  ## fine-tune the demo's models on two tasks, with five 
 quadratic: $(VENV)/.examples  ## run and plot the paper's toy problem
 	$(BIN)/python -m examples.quadratic
 
-# The question about fine-tuning starts from the demo's models.
+# The question about fine-tuning starts from models like the demo's, one for each seed.
 study: $(VENV)/.examples  ## train the missing runs of the study (hours), and write docs/results.md
-	$(TRAIN) -m examples.llama compare
+	$(TRAIN) -m examples.llama compare --seeds 0 1 2 3 4 5 --output-dir outputs/llama/pretrained
 	$(TRAIN) -m benchmarks.study run
 	@$(MAKE) --no-print-directory results
 

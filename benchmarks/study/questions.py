@@ -28,7 +28,7 @@ class Arm:
     title: str
     side: Side
     settings: Mapping[str, str] = field(default_factory=dict)
-    """Settings in addition to the grid."""
+    """Settings in addition to the grid. In a value, ``{seed}`` stands for the seed."""
     grid: Grid = field(default_factory=dict)
     """Grid settings whose values differ from the question's."""
     against: tuple[str, ...] = ()
@@ -151,9 +151,11 @@ _FAMILY = (
 
 
 def _after(pretrained: str, caution: bool, against: tuple[str, ...]) -> Arm:
-    """Build an arm that fine-tunes one of the demo's models."""
+    """Build an arm that fine-tunes the demo's models, each with its own seed."""
     side = Side("adamw", caution)
-    directory = f"outputs/llama/comparison/{pretrained}-learning_rate=0.002-seed0"
+    directory = (
+        f"outputs/llama/pretrained/{pretrained}-learning_rate=0.002-seed{{seed}}"
+    )
     title = f"{side.title}, after {pretrained.replace('-', ' ')}"
     title = title.replace("adamw", "AdamW")
     return Arm(title, side, {"from_run": directory}, against=against)
@@ -292,9 +294,8 @@ QUESTIONS: dict[str, Question] = {
         ),
         drop_in=False,
         score="accuracy",
-        note="The two pretrained models are those of `make demo`, with one seed each, "
-        "so the difference between them reflects two runs, not two optimizers. "
-        "[glue.md](glue.md) describes the task, `package`.",
+        note="Each seed has its own pretrained models, trained like those of `make "
+        "demo`. [glue.md](glue.md) describes the task, `package`.",
     ),
 }
 """The questions by name, in the order of the page."""

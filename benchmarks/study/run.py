@@ -20,7 +20,8 @@ Runs = dict[Run, TrainConfig[Any]]
 
 def run_of(arm: Arm, point: Point, seed: int) -> Run:
     """Return the run of an arm at a point of the grid."""
-    return Run(arm.side, (*point, *arm.settings.items()), seed)
+    settings = [(name, text.format(seed=seed)) for name, text in arm.settings.items()]
+    return Run(arm.side, (*point, *settings), seed)
 
 
 def tuning_points(

@@ -193,6 +193,12 @@ def test_a_run_has_the_settings_of_its_arm_and_its_point():
         assert config.task == QUESTION.config.task
 
 
+def test_a_setting_can_depend_on_the_seed():
+    arm = Arm("after", BASE, {"from_run": "runs/base-seed{seed}"})
+    run = study_run.run_of(arm, (("learning_rate", "0.002"),), 3)
+    assert dict(run.point)["from_run"] == "runs/base-seed3"
+
+
 def test_an_arm_that_diverges_everywhere_is_reported():
     histories = [
         replace(h, diverged_at=7, scores={}) if h.run.side == BASE else h
