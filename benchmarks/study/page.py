@@ -366,6 +366,11 @@ def _times(answers: Answers) -> list[str]:
             )
     if not rows:
         return []
+    timed = [h for histories in answers.values() for h in histories if h.seconds]
+    seconds = sum(
+        h.seconds_per_step * max((e.step for e in h.evaluations), default=0)
+        for h in timed
+    )
     header = (
         "question",
         "arm",
@@ -385,6 +390,9 @@ def _times(answers: Answers) -> list[str]:
         "how precise the measurement is. Ratio of times: the ratio of steps divided by "
         "the ratio of seconds per step, for arms that reached the other's loss with "
         "all seeds.",
+        "",
+        f"The {len(timed):,} runs behind this page took {seconds / 3600:.0f} hours on "
+        "one core, without compilation and evaluation.",
         "",
         markdown_table(rows, header),
         "",
