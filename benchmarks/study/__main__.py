@@ -29,10 +29,12 @@ def run(
             f"{', '.join(QUESTIONS)}"
         )
     results_dir.mkdir(parents=True, exist_ok=True)
+    files = {name: results_dir / f"{name}.csv" for name in QUESTIONS}
     for name in questions or QUESTIONS:
         directory = work_dir / name
         directory.mkdir(parents=True, exist_ok=True)
-        if not answer(QUESTIONS[name], results_dir / f"{name}.csv", directory):
+        others = [(QUESTIONS[n], path) for n, path in files.items() if n != name]
+        if not answer(QUESTIONS[name], files[name], directory, others):
             print("Stopped. Run the same command to resume.")
             return
 

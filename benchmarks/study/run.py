@@ -16,6 +16,7 @@ from examples.training.config import TrainConfig, with_settings
 from examples.training.history import Group, History, Point, Run, read_history
 
 Runs = dict[Run, TrainConfig[Any]]
+Others = Iterable[tuple[Question, Path]]
 
 
 def run_of(arm: Arm, point: Point, seed: int) -> Run:
@@ -117,23 +118,27 @@ def group_at(
     return tuple(found[run_of(arm, point, seed)] for seed in question.seeds)
 
 
-def answer(question: Question, path: Path, work_dir: Path) -> bool:
+def answer(question: Question, path: Path, work_dir: Path, others: Others = ()) -> bool:
     """Train the runs missing from the CSV file, and add each to it.
 
     Args:
         question: the question.
         path: the CSV file.
         work_dir: directory for the runs while they are trained.
+        others: other questions and their CSV files. If one has a run with the same
+            configuration, that run is copied instead of trained.
 
     Returns:
         Whether all have been trained; False if a signal stopped the training.
     """
     tuning = tuning_runs(question, records.read(path))
     while not _has_all(path, tuning):
+        _copy(tuning, tuning, path, others)
         if not _train(question, tuning, tuning, path, work_dir):
             return False
         tuning = tuning_runs(question, records.read(path))
     compared = compared_runs(question, records.read(path))
+    _copy(compared, tuning | compared, path, others)
     return _train(question, compared, tuning | compared, path, work_dir)
 
 
@@ -161,6 +166,32 @@ def _planned(question: Question, runs: Sequence[Run]) -> Runs:
         config = replace(config, optimizer=optimizer, seed=run.seed)
         planned[run] = with_settings(config, dict(run.point))
     return planned
+
+
+def _copy(runs: Runs, order: Iterable[Run], path: Path, others: Others) -> None:
+    """Copy missing runs from other questions.
+
+    Their step times are left out, because they did not take turns with this question's
+    runs.
+    """
+    found = {h.run: h for h in records.read(path)}
+    known: dict[str, History] = {}
+    for question, other_path in others:
+        histories = {h.run: h for h in records.read(other_path)}
+        tuning = tuning_runs(question, histories.values())
+        planned = dict(tuning)
+        if tuning.keys() <= histories.keys():
+            planned |= compared_runs(question, histories.values())
+        known |= {
+            str(config): histories[run]
+            for run, config in planned.items()
+            if run in histories
+        }
+    for run, config in runs.items():
+        if run not in found and str(config) in known:
+            found[run] = replace(known[str(config)], run=run, seconds=())
+    if found:
+        records.write(_in_order(found, order), path)
 
 
 def _train(

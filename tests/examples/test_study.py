@@ -382,6 +382,36 @@ def test_runs_are_trained_once_and_kept_in_order(tmp_path, monkeypatch):
     assert len(trained) == count
 
 
+def test_a_run_that_another_question_has_is_copied(tmp_path, monkeypatch):
+    trained = []
+
+    def run_all(runs, swept, directory, together):
+        for run in runs:
+            trained.append(run)
+            (directory / run.name).mkdir()
+        return True
+
+    monkeypatch.setattr(study_run.compare, "run_all", run_all)
+    monkeypatch.setattr(study_run, "read_history", lambda run, _: history(run))
+    two = replace(QUESTION, arms=QUESTION.arms[:2])
+    records.write(answered(two), tmp_path / "two.csv")
+    others = [(two, tmp_path / "two.csv"), (QUESTION, tmp_path / "absent.csv")]
+    path = tmp_path / "three.csv"
+    assert study_run.answer(QUESTION, path, tmp_path, others)
+    assert outcomes.is_answered(QUESTION, records.read(path))
+    assert {dict(run.point).get("neutral") for run in trained} == {"follow"}
+    for h in records.read(path):
+        assert bool(h.seconds) == (h.run in trained)
+        assert replace(h, seconds=()) == replace(history(h.run), seconds=())
+    # With another configuration, it is another run.
+    shorter = replace(two, config=replace(two.config, steps=300))
+    trained.clear()
+    others = [(shorter, tmp_path / "two.csv")]
+    assert study_run.answer(QUESTION, tmp_path / "other.csv", tmp_path, others)
+    assert {run.side for run in trained} == {BASE, CAUTIOUS}
+    assert outcomes.is_answered(QUESTION, records.read(tmp_path / "other.csv"))
+
+
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_question_can_be_planned(name, tmp_path):
     question = QUESTIONS[name]
