@@ -174,7 +174,7 @@ QUESTIONS: dict[str, Question] = {
         _with_and_without(),
     ),
     "size-0.3m": Question(
-        "A Llama of 0.3 million parameters",
+        "A Llama of 0.35 million parameters",
         _SMALL,
         {
             "learning_rate": (*_RATES, "0.016", "0.032"),
