@@ -276,7 +276,7 @@ QUESTIONS: dict[str, Question] = {
     "mae": Question(
         "Does caution help a masked autoencoder?",
         _MAE,
-        {"learning_rate": _RATES, "b1": (*_B1, "0.6")},
+        {"learning_rate": _RATES, "b1": (*_B1, "0.6", "0.4")},
         _with_and_without(),
         one_at_a_time=True,
     ),
