@@ -189,7 +189,7 @@ def edges(question: Question, histories: Sequence[History]) -> list[str]:
     return lines
 
 
-def twins(question: Question, histories: Sequence[History]) -> list[str]:
+def equal_arms(question: Question, histories: Sequence[History]) -> list[str]:
     """Report arms with the same losses as an arm that they are compared with."""
     found = {history.run: history.evaluations for history in histories}
     arms = {arm.title: arm for arm in question.arms}

@@ -11,11 +11,11 @@ from benchmarks.study.outcomes import (
     Comparison,
     compare_all,
     edges,
+    equal_arms,
     is_answered,
     outcome,
     robustness,
     time_ratios,
-    twins,
 )
 from benchmarks.study.questions import (
     PUBLISHED,
@@ -247,7 +247,7 @@ def _section(
         table(question, histories),
         "",
         *[f"- {line}" for line in edges(question, histories)],
-        *[f"- {line}" for line in twins(question, histories)],
+        *[f"- {line}" for line in equal_arms(question, histories)],
     ]
     compared = compare_all(question, histories)
     has_maps = len(question.arms) == 2 and not question.one_at_a_time
@@ -325,8 +325,8 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
         "tokens per parameter. None is trained for as long as is usual for its size, "
         "and models in use are at least a hundred times larger: these runs cannot tell "
         "whether the difference persists there. Triangles mark sizes at which cautious "
-        "AdamW did not reach AdamW's final loss with some seeds. The sections of the "
-        "sizes list the grids, which differ.",
+        "AdamW did not reach AdamW's final loss with some seeds. The grids of the "
+        "sizes differ; the sections above list them.",
         "",
         markdown_table(rows, header),
         "",

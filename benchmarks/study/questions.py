@@ -122,10 +122,6 @@ _FROM_SMALLER = (
     "best, in the Llama of 1 million parameters."
 )
 
-_EMBEDDING = (
-    _variant("embedding exempt", exempt="embedding"),
-    _variant("neutral: follow", neutral="follow"),
-)
 _OPPOSED = (
     _variant("opposed weight 0.25", opposed_weight="0.25"),
     _variant("opposed weight 0.5", opposed_weight="0.5"),
@@ -139,7 +135,8 @@ _NOT_RESCALED = _variant(
 _FAMILY = (
     _ADAMW,
     _CAUTIOUS,
-    *_EMBEDDING,
+    _variant("embedding exempt", exempt="embedding"),
+    _variant("neutral: follow", neutral="follow"),
     _variant("neutral: ignore", neutral="ignore"),
     *_OPPOSED,
     _variant("opposed weight -1", opposed_weight="-1.0"),
@@ -303,10 +300,10 @@ QUESTIONS: dict[str, Question] = {
 """The questions by name, in the order of the page."""
 
 SIZES = ("size-0.3m", "adamw", "size-4m", "size-9m")
-"""The questions that differ in model size, and in how they are tuned."""
+"""The questions that differ in model size, and in their grids."""
 
 RULES = ("rule-0.3m", "rule")
-"""The questions that compare the same variants of the rule at several sizes."""
+"""The questions that compare variants of the rule, at different sizes."""
 
 PUBLISHED = _CAUTIOUS.title
 """The arm of the published rule."""

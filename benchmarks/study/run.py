@@ -16,7 +16,7 @@ from examples.training.config import TrainConfig, with_settings
 from examples.training.history import Group, History, Point, Run, read_history
 
 Runs = dict[Run, TrainConfig[Any]]
-Others = Iterable[tuple[Question, Path]]
+Others = Sequence[tuple[Question, Path]]
 
 
 def run_of(arm: Arm, point: Point, seed: int) -> Run:
@@ -174,24 +174,22 @@ def _copy(runs: Runs, order: Iterable[Run], path: Path, others: Others) -> None:
     Their step times are left out, because they did not take turns with this question's
     runs.
     """
-    found = {h.run: h for h in records.read(path)}
-    known: dict[str, History] = {}
+    elsewhere: dict[str, History] = {}
     for question, other_path in others:
         histories = {h.run: h for h in records.read(other_path)}
-        tuning = tuning_runs(question, histories.values())
-        planned = dict(tuning)
-        if tuning.keys() <= histories.keys():
+        planned = tuning_runs(question, histories.values())
+        if planned.keys() <= histories.keys():
             planned |= compared_runs(question, histories.values())
-        known |= {
-            str(config): histories[run]
-            for run, config in planned.items()
-            if run in histories
-        }
-    for run, config in runs.items():
-        if run not in found and str(config) in known:
-            found[run] = replace(known[str(config)], run=run, seconds=())
-    if found:
-        records.write(_in_order(found, order), path)
+        for run in planned.keys() & histories.keys():
+            elsewhere[str(planned[run])] = histories[run]
+    found = {h.run: h for h in records.read(path)}
+    copied = {
+        run: replace(elsewhere[str(config)], run=run, seconds=())
+        for run, config in runs.items()
+        if run not in found and str(config) in elsewhere
+    }
+    if copied:
+        records.write(_in_order(found | copied, order), path)
 
 
 def _train(

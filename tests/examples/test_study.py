@@ -258,7 +258,7 @@ def test_arms_with_the_same_losses_are_reported():
     ]
     # At 0.002 and 0.004 with the tuning seed, and at 0.002 with five others, of which
     # only seed 1 has equal losses.
-    assert outcomes.twins(QUESTION, histories) == [
+    assert outcomes.equal_arms(QUESTION, histories) == [
         "follow has the same loss as AdamW at every evaluation in 3 of 7 pairs of runs "
         "with the same grid point and seed.",
     ]
