@@ -241,19 +241,18 @@ def _section(
         + ", one setting at a time" * question.one_at_a_time
         + f": {tried}. "
         + "".join(f"{exception} " for exception in exceptions)
-        + f"Final comparison on seeds {', '.join(map(str, question.seeds))}. "
-        + question.note,
+        + f"Final comparison on seeds {', '.join(map(str, question.seeds))}."
+        + f" {question.note}" * bool(question.note),
         "",
         table(question, histories),
         "",
-        *[f"- {line}" for line in edges(question, histories)],
-        *[f"- {line}" for line in equal_arms(question, histories)],
     ]
+    remarks = [*edges(question, histories), *equal_arms(question, histories)]
     compared = compare_all(question, histories)
     has_maps = len(question.arms) == 2 and not question.one_at_a_time
     if has_maps:
-        lines += [
-            f"- {found.arm.title}: of {found.points} points, {found.near_own} are "
+        remarks += [
+            f"{found.arm.title}: of {found.points} points, {found.near_own} are "
             f"within {NEAR:g} of its best, {found.best:.4f}, and {found.near_all} "
             f"within {NEAR:g} of the best of both arms (seed {TUNING_SEED})."
             for found in robustness(question, histories)
@@ -263,8 +262,9 @@ def _section(
         plots.plot(tuning, figure, curves=curves)
     elif compared:
         plot_differences(compared, figure, question.score or "validation loss")
+    if remarks:
+        lines += [*[f"- {remark}" for remark in remarks], ""]
     lines += [
-        "",
         f"`python -m benchmarks.study run {name}`, [{name}.csv](results/{name}.csv)",
         "",
     ]
