@@ -9,9 +9,10 @@ from benchmarks.study.outcomes import Comparison
 
 
 def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> None:
-    """Plot the difference of each comparison with its interval, unless runs diverged.
+    """Plot the difference of each comparison with its interval.
 
-    Each arm that others are compared with has a panel.
+    Each arm that others are compared with has a panel. Where a run diverged, the
+    difference is NaN and nothing is drawn.
 
     Args:
         compared: the comparisons, at least one.
@@ -26,8 +27,6 @@ def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> N
     for panel, other in zip(panels, others, strict=True):
         for comparison in compared:
             if comparison.other.title != other or comparison.dropped_in:
-                continue
-            if comparison.diverged:
                 continue
             mean, low, high = comparison.difference
             panel.errorbar(
@@ -59,8 +58,6 @@ def plot_sizes(compared: Sequence[tuple[int, Comparison]], path: Path) -> None:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for count, comparison in compared:
-        if comparison.diverged:
-            continue
         mean, low, high = comparison.difference
         left.errorbar(
             count,

@@ -169,6 +169,7 @@ def robustness(question: Question, histories: Sequence[History]) -> list[Robustn
         )
         for arm in question.arms
         for own in [of_arm[arm.title]]
+        if np.isfinite(own.min())
     ]
 
 

@@ -1,5 +1,6 @@
 """The results page and its figures, generated from the CSV files alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,13 @@ def _arm_cells(title: str, group: Group, score: str) -> list[str]:
     point = tuple(
         (name, value) for name, value in group[0].run.point if name != "from_run"
     )
-    values = spread([outcome(history, score) for history in group], ".4f")
-    return [title, write_point(point), values]
+    values = [outcome(history, score) for history in group]
+    diverged = sum(not math.isfinite(value) for value in values)
+    if diverged:
+        text = f"diverged with {diverged} of {len(values)} seeds"
+    else:
+        text = spread(values, ".4f")
+    return [title, write_point(point), text]
 
 
 def _difference_cells(comparison: Comparison) -> list[str]:

@@ -226,6 +226,8 @@ def test_runs_that_diverge_in_the_comparison_are_reported(count, tmp_path, monke
     page.draw(tmp_path, tmp_path / "results.md")
     text = (tmp_path / "results.md").read_text()
     assert f"diverged with {count} of 5 seeds" in text
+    assert "nan" not in text
+    assert "inf" not in text
     assert "no difference seen" not in text.split("## In short")[1]
 
 
@@ -246,6 +248,7 @@ def test_a_page_is_drawn_if_an_arm_diverges_everywhere(
     page.draw(tmp_path, tmp_path / "results.md")
     text = (tmp_path / "results.md").read_text()
     assert "diverged at every point" in text
+    assert "inf" not in text
     assert ("results/a.png" in text) == (tmp_path / "a.png").exists()
 
 
