@@ -155,17 +155,18 @@ def _ratio(comparison: Comparison) -> str:
 
 
 def _summary(answers: Answers) -> list[str]:
-    """Summarize the comparisons of arms at their best points.
+    """Compare the best point of each arm with that of the first arm it is against.
 
     Runs that answer several questions are compared once.
     """
     found: dict[Any, list[str]] = {}
     for name, histories in answers.items():
         for comparison in compare_all(QUESTIONS[name], histories):
-            if comparison.dropped_in:
+            first = comparison.other.title == comparison.arm.against[0]
+            if comparison.dropped_in or not first:
                 continue
             runs = [h.evaluations for h in (*comparison.own, *comparison.others)]
-            key = comparison.arm.title, comparison.other.title, *runs
+            key = comparison.arm.title, comparison.other.title, comparison.score, *runs
             row = [
                 f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})",
                 comparison.arm.title,
@@ -188,7 +189,16 @@ def _summary(answers: Answers) -> list[str]:
     )
     rows = [row + [""] * (len(header) - len(row)) for row in rows]
     table = markdown_table(rows, header)
-    return ["## In short", "", *_better_variants(answers), table, ""]
+    return [
+        "## In short",
+        "",
+        *_better_variants(answers),
+        "Each arm at its best point. The sections below have the settings, and further "
+        "comparisons.",
+        "",
+        table,
+        "",
+    ]
 
 
 def _better_variants(answers: Answers) -> list[str]:

@@ -198,49 +198,6 @@ QUESTIONS: dict[str, Question] = {
         seeds=(1, 2, 3),
         note=_FROM_SMALLER,
     ),
-    "rule-0.3m": Question(
-        "Which part of the rule matters?",
-        _SMALL,
-        {"learning_rate": ("0.004", "0.008", "0.016")},
-        _FAMILY,
-        drop_in=False,
-        note="The eleven variants, which [Rules](rules.md) defines, are compared with "
-        "cautious AdamW, the published rule, and with AdamW. If none of them differed "
-        "from the published rule, up to two in five such tables would still have at "
-        "least one of eleven 95% intervals that excludes zero.",
-    ),
-    "rule": Question(
-        "Which part of the rule matters in a larger Llama?",
-        _LLAMA,
-        {"learning_rate": _OF_DEMO},
-        (_LOWER_RATES, _CAUTIOUS, *_OPPOSED),
-        drop_in=False,
-        note="The two variants are those that end lower than the published rule in "
-        "the smaller Llama.",
-    ),
-    "decay": Question(
-        "Does cautious weight decay help, alone and with caution?",
-        _LLAMA,
-        {"learning_rate": _OF_DEMO, "weight_decay": ("0.1", "0.5", "1", "2")},
-        (
-            _LOWER_RATES,
-            replace(
-                _LOWER_RATES,
-                title="AdamW, cautious decay",
-                settings={"cautious_decay": "true"},
-                against=(_ADAMW.title,),
-            ),
-            _CAUTIOUS,
-            Arm(
-                "cautious AdamW, cautious decay",
-                _CAUTIOUS.side,
-                {"cautious_decay": "true"},
-                against=(_CAUTIOUS.title, _ADAMW.title),
-            ),
-        ),
-        one_at_a_time=True,
-        drop_in=False,
-    ),
     "lion": Question(
         "Does caution help Lion?",
         _LLAMA,
@@ -295,6 +252,49 @@ QUESTIONS: dict[str, Question] = {
         score="accuracy",
         note="Each seed has its own pretrained models, trained like those of `make "
         "demo`. [glue.md](glue.md) describes the task, `package`.",
+    ),
+    "rule-0.3m": Question(
+        "Which part of the rule matters?",
+        _SMALL,
+        {"learning_rate": ("0.004", "0.008", "0.016")},
+        _FAMILY,
+        drop_in=False,
+        note="The eleven variants, which [Rules](rules.md) defines, are compared with "
+        "cautious AdamW, the published rule, and with AdamW. If none of them differed "
+        "from the published rule, up to two in five such tables would still have at "
+        "least one of eleven 95% intervals that excludes zero.",
+    ),
+    "rule": Question(
+        "Which part of the rule matters in a larger Llama?",
+        _LLAMA,
+        {"learning_rate": _OF_DEMO},
+        (_LOWER_RATES, _CAUTIOUS, *_OPPOSED),
+        drop_in=False,
+        note="The two variants are those that end lower than the published rule in "
+        "the smaller Llama.",
+    ),
+    "decay": Question(
+        "Does cautious weight decay help, alone and with caution?",
+        _LLAMA,
+        {"learning_rate": _OF_DEMO, "weight_decay": ("0.1", "0.5", "1", "2")},
+        (
+            _LOWER_RATES,
+            replace(
+                _LOWER_RATES,
+                title="AdamW, cautious decay",
+                settings={"cautious_decay": "true"},
+                against=(_ADAMW.title,),
+            ),
+            _CAUTIOUS,
+            Arm(
+                "cautious AdamW, cautious decay",
+                _CAUTIOUS.side,
+                {"cautious_decay": "true"},
+                against=(_CAUTIOUS.title, _ADAMW.title),
+            ),
+        ),
+        one_at_a_time=True,
+        drop_in=False,
     ),
 }
 """The questions by name, in the order of the page."""

@@ -454,6 +454,15 @@ def test_a_page_of_answers_is_drawn(tmp_path, monkeypatch):
     assert figures == {*questions, "sizes"}
     for title in ("In short", "Does the effect grow or shrink", "In time, not steps?"):
         assert f"## {title}" in text
+    short = text.split("## In short")[1].split("\n## ")[0]
+    rows = [line.split("|")[2:5] for line in short.splitlines() if "](#" in line]
+    # Each arm against the first of its others, and equal runs once for each measure.
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["cautious AdamW", "AdamW", "validation loss"],
+        ["follow", "cautious AdamW", "validation loss"],
+        ["cautious AdamW", "AdamW", "accuracy"],
+        ["follow", "cautious AdamW", "accuracy"],
+    ]
     # The same files result in a byte-identical page and figures.
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for path in tmp_path.glob("*.png"):
