@@ -1,9 +1,11 @@
 """The figures of the study."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from benchmarks.study.outcomes import Comparison
 
@@ -48,6 +50,36 @@ def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> N
     figure.savefig(path, dpi=150)
 
 
+def plot_during(compared: Sequence[tuple[str, Comparison]], path: Path) -> None:
+    """Plot the difference in validation loss during training.
+
+    Args:
+        compared: pairs of a name for the legend and a comparison whose runs were
+            evaluated at the same steps and did not diverge.
+        path: the file to write.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    panel = figure.subplots()
+    late: list[float] = []
+    for name, comparison in compared:
+        during = comparison.during
+        shares = [step / max(during) for step in during]
+        means = [statistics.fmean(values) for values in during.values()]
+        late += means[len(means) // 6 :]
+        panel.plot(shares, means, label=f"{name}: {comparison.arm.title}")
+    panel.axhline(0, color="black", linewidth=1)
+    # The steep start would flatten the rest.
+    panel.set_ylim(min(late) - 0.02, max(0.0, *late) + 0.02)
+    panel.set_xlim(0, 1)
+    panel.xaxis.set_major_formatter(PercentFormatter(1.0))
+    panel.set_xlabel("steps")
+    panel.set_ylabel("difference in validation loss")
+    panel.legend(frameon=False, loc="lower right")
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def plot_sizes(compared: Sequence[tuple[int, Comparison]], path: Path) -> None:
     """Plot the gain from caution against model size.
 
@@ -67,11 +99,13 @@ def plot_sizes(compared: Sequence[tuple[int, Comparison]], path: Path) -> None:
             color="C0",
             capsize=3,
         )
-        for ratio in comparison.ratios:
+        ratios = comparison.ratios
+        for i, ratio in enumerate(ratios):
+            place = count * 1.05 ** (i - (len(ratios) - 1) / 2)  # Side by side.
             if ratio is None:
-                right.plot(count, 1, "v", color="C3", fillstyle="none", clip_on=False)
+                right.plot(place, 1, "v", color="C3", fillstyle="none", clip_on=False)
             else:
-                right.plot(count, ratio, "o", color="C0", alpha=0.6)
+                right.plot(place, ratio, "o", color="C0", alpha=0.6)
     left.axhline(0, color="black", linewidth=1)
     left.set_ylabel("difference in validation loss")
     right.axhline(1, color="black", linewidth=1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import ttest_ind
 
 from benchmarks.study.questions import TUNING_SEED, Arm, Question
 from benchmarks.study.run import (
@@ -24,7 +25,7 @@ from examples.training.history import (
     Interval,
     Run,
     by_seed,
-    paired_difference,
+    mean_interval,
     speed_up,
 )
 
@@ -55,11 +56,27 @@ class Comparison:
         """
         if self.diverged:
             return Interval(math.nan, math.nan, math.nan)
+        return mean_interval(self.differences)
+
+    @property
+    def differences(self) -> list[float]:
+        """Per seed, arm - other."""
+        return [
+            outcome(own, self.score) - outcome(other, self.score)
+            for other, own in by_seed(self.others, self.own)
+        ]
+
+    @property
+    def during(self) -> dict[int, list[float]]:
+        """Per evaluated step and per seed, arm - other in validation loss."""
         pairs = by_seed(self.others, self.own)
-        return paired_difference(
-            [outcome(other, self.score) for other, _ in pairs],
-            [outcome(own, self.score) for _, own in pairs],
-        )
+        return {
+            evaluation.step: [
+                own.evaluations[i].loss - other.evaluations[i].loss
+                for other, own in pairs
+            ]
+            for i, evaluation in enumerate(self.own[0].evaluations)
+        }
 
     @property
     def diverged(self) -> int:
@@ -131,6 +148,13 @@ def compare_all(question: Question, histories: Sequence[History]) -> list[Compar
                 for point in dict.fromkeys(points)
             ]
     return comparisons
+
+
+def change(first: Comparison, second: Comparison) -> Interval:
+    """Compute the difference of the second minus that of the first, by Welch's test."""
+    a, b = first.differences, second.differences
+    low, high = ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    return Interval(statistics.fmean(b) - statistics.fmean(a), float(low), float(high))
 
 
 class Robustness(NamedTuple):

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study import records
-from benchmarks.study.figures import plot_differences, plot_sizes
+from benchmarks.study.figures import plot_differences, plot_during, plot_sizes
 from benchmarks.study.outcomes import (
     NEAR,
     Comparison,
+    change,
     compare_all,
     edges,
     equal_arms,
@@ -28,23 +30,34 @@ from benchmarks.study.questions import (
 )
 from benchmarks.study.run import best_points, group_at
 from examples.training import plots
-from examples.training.history import Group, History, write_point
+from examples.training.history import (
+    Group,
+    History,
+    Interval,
+    mean_interval,
+    write_point,
+)
 from examples.training.report import markdown_table, spread
 from examples.training.task import count_parameters
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = DOCS / "results"
 
+_SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the steps after which the table of differences during training is."""
+
 Answers = Mapping[str, Sequence[History]]
 """The histories of each question that has all of its runs."""
 
 _HEAD = """# Results
 
-Does caution help, by how much, and where does it not? `make results` generates every
+Does caution help, how much, and when does it not help? `make results` generates every
 table and figure on this page from the CSV files linked below, which `make study` fills;
 no number is typed by hand.
 
-A question compares several arms, such as AdamW with and without caution. All arms are
+A question compares several arms, such as AdamW with and without caution. The Llamas
+read part of the source code of Python's standard library once, tokenized as in
+[the demo](llama.md); the masked autoencoder is that of [its demo](mae.md). All arms are
 tuned on the same grid (exceptions are listed) with seed {tuning}: at all of its points,
 or, where it says "one setting at a time", first the learning rate, with the other
 setting at the first value listed, then the other setting at the best rate, and so on
@@ -76,13 +89,17 @@ def draw(results_dir: Path = RESULTS, page: Path = DOCS / "results.md") -> None:
         if is_answered(question, histories):
             answers[name] = histories
         else:
-            missing.append(f"`{name}`")
+            missing.append(f"- {question.title} (`{name}`)")
     lines = [_HEAD.format(tuning=TUNING_SEED), *_summary(answers)]
     for name, histories in answers.items():
         lines += _section(name, QUESTIONS[name], histories, results_dir)
-    lines += [*_sizes(answers, results_dir), *_times(answers)]
+    lines += [
+        *_sizes(answers, results_dir),
+        *_lasting(answers, results_dir),
+        *_times(answers),
+    ]
     if missing:
-        lines += ["## Not answered yet", "", f"{', '.join(missing)}.", ""]
+        lines += ["## Not answered yet", "", *missing, ""]
     page.write_text("\n".join(lines))
     print(f"Wrote {page}")
 
@@ -97,7 +114,11 @@ def table(question: Question, histories: Sequence[History]) -> str:
         "compared with",
         "difference (95% interval)",
         "",
-        *["ratio of steps (range)"] * (not question.score),
+        *(
+            ["difference in validation loss", ""]
+            if question.score
+            else ["ratio of steps (range)"]
+        ),
     )
     compared = compare_all(question, histories)
     best = best_points(question, histories)
@@ -105,15 +126,20 @@ def table(question: Question, histories: Sequence[History]) -> str:
     for arm in question.arms:
         own = [c for c in compared if c.arm == arm]
         if arm.title not in best:
-            rows.append([arm.title, "diverged at every point", *[""] * 5])
+            rows.append([arm.title, "diverged at every point", *[""] * 6])
         elif not own:
             group = group_at(question, arm, best[arm.title], histories)
-            rows.append([*_arm_cells(arm.title, group, question.score), *[""] * 4])
+            rows.append([*_arm_cells(arm.title, group, question.score), *[""] * 5])
         rows += [
             [
                 *_arm_cells(_title(comparison), comparison.own, question.score),
                 comparison.other.title,
                 *_difference_cells(comparison),
+                *(
+                    _difference_cells(replace(comparison, score=""))
+                    if question.score
+                    else [_ratio(comparison)]
+                ),
             ]
             for comparison in own
         ]
@@ -140,13 +166,19 @@ def _arm_cells(title: str, group: Group, score: str) -> list[str]:
 
 
 def _difference_cells(comparison: Comparison) -> list[str]:
-    mean, low, high = comparison.difference
-    difference = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
-    cells = ["" if comparison.diverged else difference, comparison.verdict]
-    return cells if comparison.score else [*cells, _ratio(comparison)]
+    difference = "" if comparison.diverged else _interval(comparison.difference)
+    return [difference, comparison.verdict]
+
+
+def _interval(interval: Interval) -> str:
+    mean, low, high = interval
+    return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def _ratio(comparison: Comparison) -> str:
+    """Describe the ratios of steps; empty for a score."""
+    if comparison.score:
+        return ""
     reached = [ratio for ratio in comparison.ratios if ratio is not None]
     if len(reached) == len(comparison.ratios):
         return spread(reached, ".2f")
@@ -154,28 +186,35 @@ def _ratio(comparison: Comparison) -> str:
     return f"not reached with {missed} of {len(comparison.ratios)} seeds"
 
 
-def _summary(answers: Answers) -> list[str]:
+def _at_best(answers: Answers) -> list[tuple[str, Comparison]]:
     """Compare the best point of each arm with that of the first arm it is against.
 
-    Runs that answer several questions are compared once.
+    Runs that answer several questions are compared once, for the first of them.
     """
-    found: dict[Any, list[str]] = {}
+    found: dict[Any, tuple[str, Comparison]] = {}
     for name, histories in answers.items():
         for comparison in compare_all(QUESTIONS[name], histories):
             first = comparison.other.title == comparison.arm.against[0]
-            if comparison.dropped_in or not first:
-                continue
-            runs = [h.evaluations for h in (*comparison.own, *comparison.others)]
-            key = comparison.arm.title, comparison.other.title, comparison.score, *runs
-            row = [
-                f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})",
-                comparison.arm.title,
-                comparison.other.title,
-                comparison.score or "validation loss",
-                *_difference_cells(comparison),
-            ]
-            found.setdefault(key, row)
-    rows = [*found.values()]
+            if first and not comparison.dropped_in:
+                runs = [h.evaluations for h in (*comparison.own, *comparison.others)]
+                titles = comparison.arm.title, comparison.other.title
+                found.setdefault((*titles, comparison.score, *runs), (name, comparison))
+    return list(found.values())
+
+
+def _summary(answers: Answers) -> list[str]:
+    """Summarize the comparisons."""
+    rows = [
+        [
+            f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})",
+            comparison.arm.title,
+            comparison.other.title,
+            comparison.score or "validation loss",
+            *_difference_cells(comparison),
+            _ratio(comparison),
+        ]
+        for name, comparison in _at_best(answers)
+    ]
     if not rows:
         return []
     header = (
@@ -187,7 +226,6 @@ def _summary(answers: Answers) -> list[str]:
         "",
         "ratio of steps (range)",
     )
-    rows = [row + [""] * (len(header) - len(row)) for row in rows]
     table = markdown_table(rows, header)
     return [
         "## In short",
@@ -205,26 +243,24 @@ def _better_variants(answers: Answers) -> list[str]:
     """Name the variants that are better than the published rule at all sizes."""
     if not answers.keys() >= {*RULES}:
         return []
-    better = []
-    for name in RULES:
-        compared = compare_all(QUESTIONS[name], answers[name])
-        better.append(
-            [
-                c.arm.title
-                for c in compared
-                if c.other.title == PUBLISHED
-                and not c.dropped_in
-                and c.verdict == "better"
-            ]
-        )
-    in_all = [title for title in better[0] if all(title in other for other in better)]
+    verdicts: list[dict[str, str]] = [
+        {
+            c.arm.title: c.verdict
+            for c in compare_all(QUESTIONS[name], answers[name])
+            if c.other.title == PUBLISHED and not c.dropped_in
+        }
+        for name in RULES
+    ]
+    tried = [title for title in verdicts[0] if all(title in v for v in verdicts)]
+    better = [title for title in tried if all(v[title] == "better" for v in verdicts)]
     sizes = " and ".join(
         f"{count_parameters(QUESTIONS[name].config.task):,}" for name in RULES
     )
-    found = ", ".join(in_all) or "none"
+    found = f"{' and '.join(better) or 'none'} end{'s' * (len(better) < 2)} lower"
     return [
-        f"**Variants that end lower than the published rule, with an interval that "
-        f"excludes zero, at {sizes} parameters: {found}.**",
+        f"**Of the variants tried at both {sizes} parameters ({', '.join(tried)}), "
+        f"{found} than the published rule at both, with intervals that exclude "
+        "zero.**",
         "",
     ]
 
@@ -281,7 +317,8 @@ def _section(
     if remarks:
         lines += [*[f"- {remark}" for remark in remarks], ""]
     lines += [
-        f"`python -m benchmarks.study run {name}`, [{name}.csv](results/{name}.csv)",
+        f"`.venv/bin/python -m benchmarks.study run {name}`, "
+        f"[{name}.csv](results/{name}.csv)",
         "",
     ]
     if compared or has_maps:
@@ -300,7 +337,13 @@ def _fixed(question: Question) -> str:
     ]
     if optimizer.max_grad_norm is not None:
         described.append(f"gradients clipped at norm {optimizer.max_grad_norm:g}")
-    return ", ".join([*described, f"{optimizer.schedule} schedule"])
+    return ", ".join(
+        [
+            *described,
+            f"{optimizer.schedule} schedule to {optimizer.final_fraction:.0%} of the "
+            f"peak after a warm-up over {optimizer.warmup_fraction:.0%} of the steps",
+        ]
+    )
 
 
 def _sizes(answers: Answers, results_dir: Path) -> list[str]:
@@ -321,6 +364,7 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
             write_point(comparison.others[0].run.point),
             write_point(comparison.own[0].run.point),
             *_difference_cells(comparison),
+            _ratio(comparison),
             str(len(comparison.own)),
         ]
         for count, comparison in compared
@@ -340,15 +384,77 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
         "All sizes see the same text, tokens and steps, so larger models see fewer "
         "tokens per parameter. None is trained for as long as is usual for its size, "
         "and models in use are at least a hundred times larger: these runs cannot tell "
-        "whether the difference persists there. Triangles mark sizes at which cautious "
-        "AdamW did not reach AdamW's final loss with some seeds. The grids of the "
-        "sizes differ; the sections above list them.",
+        "whether the difference persists there. Each triangle marks a seed with which "
+        "cautious AdamW did not reach AdamW's final loss. The grids of the sizes "
+        "differ; the sections above list them.",
         "",
         markdown_table(rows, header),
         "",
+        *_change_with_size(*compared[0], *compared[-1]),
         "![Gain from caution against model size](results/sizes.png)",
         "",
     ]
+
+
+def _change_with_size(
+    small: int, at_small: Comparison, large: int, at_large: Comparison
+) -> list[str]:
+    """Compare the differences at two sizes."""
+    if at_small.diverged or at_large.diverged:
+        return []
+    found = change(at_small, at_large)
+    verdict = "; no change seen" * (found.low <= 0 <= found.high)
+    return [
+        f"The difference at {large:,} parameters minus that at {small:,}, with Welch's "
+        f"95% interval: {_interval(found)}{verdict}.",
+        "",
+    ]
+
+
+def _lasting(answers: Answers, results_dir: Path) -> list[str]:
+    """Write the section about differences during training, and draw its figure."""
+    compared = [
+        (name, c)
+        for name, c in _at_best(answers)
+        if (c.arm.side.caution, c.other.side.caution) == (True, False)
+        and not (c.diverged or c.score)
+    ]
+    if not compared:
+        return []
+    plot_during(compared, results_dir / "during.png")
+    rows = [
+        [
+            f"`{name}`",
+            comparison.arm.title,
+            comparison.other.title,
+            *map(_interval, _at_shares(comparison)),
+        ]
+        for name, comparison in compared
+    ]
+    header = (
+        "question",
+        "arm",
+        "compared with",
+        *(f"after {share:.0%}" for share in _SHARES),
+    )
+    return [
+        "## Does the difference last?",
+        "",
+        "The difference in validation loss during training. All runs follow one "
+        "schedule to their end: the difference after half of the steps is not that of "
+        "a run of half the length.",
+        "",
+        markdown_table(rows, header),
+        "",
+        "![Difference in validation loss during training](results/during.png)",
+        "",
+    ]
+
+
+def _at_shares(comparison: Comparison) -> list[Interval]:
+    during = comparison.during
+    last = max(during)
+    return [mean_interval(during[round(share * last)]) for share in _SHARES]
 
 
 def _times(answers: Answers) -> list[str]:
@@ -399,16 +505,14 @@ def _times(answers: Answers) -> list[str]:
     return [
         "## In time, not steps?",
         "",
-        "Arms at the same grid point took turns in one process, at most 50 steps at a "
-        "time, on one core of a CPU whose other core was busy. Seconds per step, "
-        "ratio: for each pair of runs, the median step time of the arm divided by that "
-        "of the arm it is compared with. Where both use the same optimizer, this shows "
-        "how precise the measurement is. Ratio of times: the ratio of steps divided by "
-        "the ratio of seconds per step, for arms that reached the other's loss with "
-        "all seeds.",
+        "Both runs of a pair took turns in one process, at most 50 steps at a time, on "
+        "one core of a CPU whose other core was busy. Seconds per step, ratio: for "
+        "each pair of runs, the median step time of the arm divided by that of the arm "
+        "it is compared with. Ratio of times: the ratio of steps divided by the ratio "
+        "of seconds per step, for arms that reached the other's loss with all seeds.",
         "",
-        f"The {len(timed):,} runs behind this page took {seconds / 3600:.0f} hours on "
-        "one core, without compilation and evaluation.",
+        f"The {len(timed):,} runs whose step time was measured took "
+        f"{seconds / 3600:.0f} hours on one core, without compilation and evaluation.",
         "",
         markdown_table(rows, header),
         "",

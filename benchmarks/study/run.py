@@ -195,15 +195,20 @@ def _copy(runs: Runs, order: Iterable[Run], path: Path, others: Others) -> None:
 def _train(
     question: Question, runs: Runs, order: Iterable[Run], path: Path, work_dir: Path
 ) -> bool:
-    """Train the missing runs; arms with the same point and seed take turns."""
+    """Train the missing runs; arms with the same point and seed take turns.
+
+    The step times of runs that take turns with only some of these are left out.
+    """
     missing = {*runs} - {h.run for h in records.read(path)}
     turns: dict[Any, Runs] = {}
     for run, config in runs.items():
-        if run in missing:
-            point = tuple((n, v) for n, v in run.point if n in question.grid)
-            turns.setdefault((point, run.seed), {})[run] = config
+        point = tuple((n, v) for n, v in run.point if n in question.grid)
+        turns.setdefault((point, run.seed), {})[run] = config
     done = len(runs) - len(missing)
-    for together in turns.values():
+    for planned in turns.values():
+        together = {run: planned[run] for run in planned if run in missing}
+        if not together:
+            continue
         print(f"{path.stem}: {done} of {len(runs)} runs", flush=True)
         compare.require_trainable(together, work_dir)
         if not compare.run_all(together, (), work_dir, together=True):
@@ -211,6 +216,8 @@ def _train(
         found = {h.run: h for h in records.read(path)}
         for run in together:
             found[run] = read_history(run, work_dir / run.name)
+            if len(together) < len(planned):
+                found[run] = replace(found[run], seconds=())
         records.write(_in_order(found, order), path)
         for run in together:
             shutil.rmtree(work_dir / run.name)

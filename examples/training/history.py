@@ -232,6 +232,15 @@ class Interval(NamedTuple):
     high: float
 
 
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Compute the mean of at least two values, with Student's t interval."""
+    count = len(values)
+    mean = statistics.fmean(values)
+    standard_error = statistics.stdev(values) / math.sqrt(count)
+    half = float(stdtrit(count - 1, 0.975)) * standard_error
+    return Interval(mean, mean - half, mean + half)
+
+
 def paired_difference(base: Sequence[float], other: Sequence[float]) -> Interval:
     """Compute the mean of other - base over pairs, with Student's t interval.
 
@@ -239,9 +248,4 @@ def paired_difference(base: Sequence[float], other: Sequence[float]) -> Interval
         base: one value per seed, for at least two seeds.
         other: the values for the same seeds.
     """
-    differences = [o - b for o, b in zip(other, base, strict=True)]
-    count = len(differences)
-    mean = statistics.fmean(differences)
-    standard_error = statistics.stdev(differences) / math.sqrt(count)
-    half = float(stdtrit(count - 1, 0.975)) * standard_error
-    return Interval(mean, mean - half, mean + half)
+    return mean_interval([o - b for o, b in zip(other, base, strict=True)])

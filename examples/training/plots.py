@@ -17,10 +17,12 @@ from examples.training.history import (
     History,
     Side,
     best,
+    by_seed,
     first_step_at,
     group,
     mean_loss,
     pairs,
+    speed_up,
     write_point,
 )
 
@@ -51,6 +53,8 @@ def plot(
     axes = figure.subplots(1, panels, squeeze=False)[0]
     if has_curves:
         _plot_curves(axes[0], curves)
+        if swept:
+            axes[0].set_title("Each optimizer at its best")
     if len(swept) == 1:
         _plot_final_losses(axes[-1], histories, *swept[0])
     elif swept:
@@ -106,27 +110,32 @@ def _plot_curves(axes: Axes, histories: Sequence[History]) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss")
-    axes.set_title("Each optimizer at its best")
+    axes.set_title("Validation loss")
     _finish(axes, legend="upper right")  # Falling curves leave it free.
 
 
 def _plot_arrow(axes: Axes, base: Group | None, cautious: Group | None) -> None:
-    """Draw an arrow from the base's last step to the step with the same loss."""
+    """Draw an arrow from the base's last step to the step with the same loss.
+
+    It is labelled with the mean ratio of steps over the seeds, if all have one.
+    """
     if base is None or cautious is None:
         return
+    ratios = [speed_up(b, c) for b, c in by_seed(base, cautious)]
+    found = [ratio for ratio in ratios if ratio is not None]
     loss = mean_loss(base)
     curve = [
         Evaluation(points[0].step, statistics.fmean(p.loss for p in points), 0.0)
         for points in zip(*[h.evaluations for h in cautious], strict=True)
     ]
     reached = first_step_at(curve, loss)
-    if reached is None:
+    if reached is None or not found or len(found) < len(ratios):
         return
     end = base[0].evaluations[-1].step
     arrow = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (reached, loss), (end, loss), arrowprops=arrow)
     axes.annotate(
-        f"ratio of steps: {end / reached:.2f}",
+        f"ratio of steps: {statistics.fmean(found):.2f}",
         (reached, loss),
         textcoords="offset points",
         xytext=(-6, -4),  # Decreasing curves leave this corner free.

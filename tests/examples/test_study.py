@@ -57,7 +57,13 @@ def loss_of(run):
 
 def history(run, diverged_at=None):
     loss = round(loss_of(run), 6)  # The precision of the files.
-    evaluations = (Evaluation(300, loss + 0.5, 0.625), Evaluation(600, loss, 0.5))
+    evaluations = (
+        *(
+            Evaluation(step, round(loss + 1 - step / 600, 6), 0.625)
+            for step in (150, 300, 450)
+        ),
+        Evaluation(600, loss, 0.5),
+    )
     seconds = (0.5 if run.side == CAUTIOUS else 0.4,)
     scores = {} if diverged_at else {"accuracy": round(loss / 10, 6)}
     return History(run, (), evaluations, seconds, diverged_at, scores)
@@ -274,11 +280,10 @@ def test_runs_that_answer_two_questions_are_summarized_once(tmp_path, monkeypatc
         records.write(answered(question), tmp_path / f"{name}.csv")
     page.draw(tmp_path, tmp_path / "results.md")
     summary = (tmp_path / "results.md").read_text().split("\n## ")[1]
-    rows = [line.split("|") for line in summary.splitlines()[4:] if "|" in line]
+    rows = [line.split("|") for line in summary.splitlines() if "](#" in line]
     assert [(row[2].strip(), row[3].strip()) for row in rows] == [
         ("cautious AdamW", "AdamW"),
         ("follow", "cautious AdamW"),
-        ("follow", "AdamW"),
     ]
 
 
@@ -404,7 +409,7 @@ def test_a_run_that_another_question_has_is_copied(tmp_path, monkeypatch):
     assert outcomes.is_answered(QUESTION, records.read(path))
     assert {dict(run.point).get("neutral") for run in trained} == {"follow"}
     for h in records.read(path):
-        assert bool(h.seconds) == (h.run in trained)
+        assert not h.seconds  # None of them took turns with all runs at its point.
         assert replace(h, seconds=()) == replace(history(h.run), seconds=())
     # With another configuration, it is another run.
     shorter = replace(two, config=replace(two.config, steps=300))
@@ -413,6 +418,7 @@ def test_a_run_that_another_question_has_is_copied(tmp_path, monkeypatch):
     assert study_run.answer(QUESTION, tmp_path / "other.csv", tmp_path, others)
     assert {run.side for run in trained} == {BASE, CAUTIOUS}
     assert outcomes.is_answered(QUESTION, records.read(tmp_path / "other.csv"))
+    assert all(h.seconds for h in records.read(tmp_path / "other.csv"))
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
@@ -438,6 +444,7 @@ def test_a_question_can_be_planned(name, tmp_path):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Precision loss")  # Equal for all seeds.
 def test_a_page_of_answers_is_drawn(tmp_path, monkeypatch):
     """Every kind of section is drawn, from made-up runs."""
     two = replace(QUESTION, arms=QUESTION.arms[:2])
@@ -451,8 +458,13 @@ def test_a_page_of_answers_is_drawn(tmp_path, monkeypatch):
     text = (tmp_path / "results.md").read_text()
     assert "Not answered yet" not in text
     figures = {path.stem for path in tmp_path.glob("*.png")}
-    assert figures == {*questions, "sizes"}
-    for title in ("In short", "Does the effect grow or shrink", "In time, not steps?"):
+    assert figures == {*questions, "sizes", "during"}
+    for title in (
+        "In short",
+        "Does the effect grow or shrink",
+        "Does the difference last?",
+        "In time, not steps?",
+    ):
         assert f"## {title}" in text
     short = text.split("## In short")[1].split("\n## ")[0]
     rows = [line.split("|")[2:5] for line in short.splitlines() if "](#" in line]
@@ -489,9 +501,9 @@ def test_variants_that_are_better_at_all_sizes_come_first(tmp_path, monkeypatch)
 
     monkeypatch.setattr(page, "QUESTIONS", {"small": QUESTION, "large": QUESTION})
     monkeypatch.setattr(page, "RULES", ("small", "large"))
-    sizes = "at 1,068,928 and 1,068,928 parameters"
-    assert f"{sizes}: follow.**" in draw([2.6, 2.6])
-    assert f"{sizes}: none.**" in draw([2.6, 2.9])
+    tried = "at both 1,068,928 and 1,068,928 parameters (follow)"
+    assert f"{tried}, follow ends lower than the published rule" in draw([2.6, 2.6])
+    assert f"{tried}, none ends lower than the published rule" in draw([2.6, 2.9])
 
 
 def test_the_page_is_that_of_the_files(tmp_path):
