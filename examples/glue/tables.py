@@ -127,7 +127,8 @@ def _read_table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
     csv.field_size_limit(2**31 - 1)
     quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        # Excel starts UTF-8 files with a byte-order mark.
+        with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(
                 file, delimiter=delimiter, quoting=quoting, strict=True
             )

@@ -19,9 +19,9 @@ from examples.glue.scores import scores
 from examples.llama.config import MODELS, TOKENIZER_NAME, ModelConfig
 from examples.llama.model import LAYOUT, divided_sizes, flops_per_token
 from examples.llama.pretrained import open_pretrained, read_vocabulary
-from examples.llama.transformers_files import Pretrained, require_same_model
+from examples.llama.transformers_files import Pretrained
 from examples.training.attention import require_kernel
-from examples.training.checks import InputError, read_text
+from examples.training.checks import InputError, read_text, require_same_architecture
 from examples.training.config import TrainConfig, from_json
 from examples.training.experiment import Experiment
 from examples.training.optimizers import OptimizerConfig
@@ -59,6 +59,11 @@ class ClassificationTask:
         self.data.require_head(self.head)
         model, length = self.model, self.data.sequence_length
         require_kernel(model.attention, model.dtype, length, model.head_dim)
+
+    @property
+    def architecture(self) -> Mapping[str, object]:
+        """The settings of the body."""
+        return self.model.architecture
 
     @property
     def units(self) -> int:
@@ -121,7 +126,8 @@ class ClassificationTask:
 
     def check_source(self, source: Path) -> None:
         """Check that ``source`` is a Llama, pretrained or fine-tuned, of this size."""
-        require_same_model(source, _open(source).model, self.model)
+        found = _open(source).model.architecture
+        require_same_architecture(source, found, self.architecture)
 
     def start_from(self, source: Path, seed: int) -> Params:
         """Load the body from ``source`` and initialize the head."""

@@ -21,18 +21,16 @@ from examples.llama.model import (
     flops_per_token,
     make_graphdef,
 )
-from examples.llama.transformers_files import open_huggingface, require_same_model
+from examples.llama.transformers_files import open_huggingface
 from examples.training.attention import require_kernel
 from examples.training.checkpoint import (
     CHECKPOINTS_NAME,
     load_params,
-    require_weights,
 )
-from examples.training.checks import read_text, require
-from examples.training.config import TrainConfig, from_json
+from examples.training.checks import require, require_same_architecture
+from examples.training.config import TrainConfig
 from examples.training.experiment import Experiment
 from examples.training.optimizers import OptimizerConfig
-from examples.training.run_dir import CONFIG_NAME
 from examples.training.task import (
     Data,
     LoadData,
@@ -41,6 +39,7 @@ from examples.training.task import (
     Params,
     count_parameters,
 )
+from examples.training.trained import require_same_model
 
 
 def perplexity(loss: float) -> float:
@@ -71,6 +70,11 @@ class LlamaTask(LossAlone):
         """Check that the attention kernel supports dtype and sizes."""
         model, length = self.model, self.data.sequence_length
         require_kernel(model.attention, model.dtype, length, model.head_dim)
+
+    @property
+    def architecture(self) -> Mapping[str, object]:
+        """The settings of the model, without how it is computed."""
+        return self.model.architecture
 
     @property
     def units(self) -> int:
@@ -120,13 +124,10 @@ class LlamaTask(LossAlone):
     def check_source(self, source: Path) -> None:
         """Check that a run or a Llama in Hugging Face's format fits the settings."""
         if (source / CHECKPOINTS_NAME).is_dir():
-            require_weights(source, jax.eval_shape(lambda: self.init(0)))
-            path = source / CONFIG_NAME
-            run = from_json(read_text("from", path), f"from: {path}", type(self))
-            require_same_model(source, run.task.model, self.model)
+            require_same_model(source, self)
             return
         found = open_huggingface(source)
-        require_same_model(source, found.model, self.model)
+        require_same_architecture(source, found.model.architecture, self.architecture)
         tokenizer = self.data.tokenizer
         require(
             bool(tokenizer) and Path(tokenizer).resolve() == found.tokenizer.resolve(),

@@ -153,23 +153,6 @@ def save_tokenizer(
     save_json(config, directory / "tokenizer_config.json")
 
 
-def require_same_model(source: Path, found: ModelConfig, expected: ModelConfig) -> None:
-    """Check that a trained model has the architecture of the settings.
-
-    Raises:
-        InputError: if it does not; the message lists the options to pass.
-    """
-    options = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in found.architecture.items()
-        if value != expected.architecture[name]
-    ]
-    require(
-        not options,
-        f"from: {source} has another architecture; pass {' '.join(options)}.",
-    )
-
-
 def open_huggingface(source: Path) -> Pretrained:
     """Open a model in a directory in Hugging Face's format.
 

@@ -55,6 +55,16 @@ class ModelConfig:
     """Decoder blocks per iteration of the scan over them."""
 
     @property
+    def architecture(self) -> dict[str, object]:
+        """The settings that the weights belong to.
+
+        The images, the masks and how the model is computed may change.
+        """
+        free = {"image_size", "mask_ratio", "dtype", "remat"}
+        free |= {"unroll", "decoder_unroll"}
+        return {name: x for name, x in vars(self).items() if name not in free}
+
+    @property
     def patches(self) -> int:
         """Patches per image."""
         return (self.image_size // self.patch_size) ** 2

@@ -20,11 +20,12 @@ from examples.mae.model import (
     make_graphdef,
     mask_noise,
 )
-from examples.training.checkpoint import load_params, require_weights
+from examples.training.checkpoint import load_params
 from examples.training.config import TrainConfig
 from examples.training.experiment import Experiment
 from examples.training.optimizers import OptimizerConfig
 from examples.training.task import Data, LoadData, LoadModels, LossAlone, Params
+from examples.training.trained import require_same_model
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class MAETask(LossAlone):
         {"scale", "bias", "cls", "mask_token"}
     )
     free: ClassVar[frozenset[str]] = frozenset({"unroll", "decoder_unroll", "workers"})
+
+    @property
+    def architecture(self) -> Mapping[str, object]:
+        """The settings of the model that its weights belong to."""
+        return self.model.architecture
 
     @property
     def units(self) -> int:
@@ -115,7 +121,7 @@ class MAETask(LossAlone):
 
     def check_source(self, source: Path) -> None:
         """Check that ``source`` is a run of the same model."""
-        require_weights(source, jax.eval_shape(lambda: self.init(0)))
+        require_same_model(source, self)
 
     def start_from(self, source: Path, seed: int) -> Params:
         """Load the parameters of the run ``source``."""

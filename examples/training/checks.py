@@ -1,7 +1,7 @@
 """The error for invalid input, and the checks that raise it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _LONGEST = 300
@@ -35,6 +35,31 @@ def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise an ``InputError`` unless the value is one of the choices."""
     require(
         value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}."
+    )
+
+
+def require_same_architecture(
+    source: Path, found: Mapping[str, object], expected: Mapping[str, object]
+) -> None:
+    """Check that trained weights belong to the settings.
+
+    Args:
+        source: the argument of ``--from``.
+        found: the settings of its model, by name.
+        expected: the settings to which they must be equal.
+
+    Raises:
+        InputError: if they are not; the message lists the options to pass.
+    """
+    options = [
+        f"--{'no-' * (value is False)}{name.replace('_', '-')}"
+        + f" {value}" * (not isinstance(value, bool))
+        for name, value in found.items()
+        if value != expected[name]
+    ]
+    require(
+        not options,
+        f"from: {source} has another architecture; pass {' '.join(options)}.",
     )
 
 

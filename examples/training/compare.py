@@ -168,10 +168,12 @@ class _Loader:
         self._key: tuple[Any, ...] | None = None
         self._data: Data | None = None
 
-    def __call__(self, config: TrainConfig[Any]) -> Data:
+    def __call__(self, config: TrainConfig[Any], directory: Path) -> Data:
         key = config.task, config.seed, config.from_run
         if self._data is None or key != self._key:
-            self._key, self._data = key, load_run_data(config)
+            # A run that resumes does not need the one from which it started.
+            source = directory if is_loadable(directory) else config.from_run
+            self._key, self._data = key, load_run_data(config, source)
         return self._data
 
 
@@ -179,7 +181,7 @@ def _take_turns(
     group: Sequence[Run],
     runs: dict[Run, TrainConfig[Any]],
     output_dir: Path,
-    load_data: Callable[[TrainConfig[Any]], Data],
+    load_data: Callable[[TrainConfig[Any], Path], Data],
     stop: Callable[[int], bool],
     bar: "tqdm[Any]",
     done: int,
@@ -189,7 +191,7 @@ def _take_turns(
     for run in group:
         directory, data = output_dir / run.name, None
         if not is_over(log.read(directory), runs[run].steps):
-            data = load_data(runs[run])
+            data = load_data(runs[run], directory)
         trainings[run] = training(runs[run], directory, data, stop)
     ends: dict[Run, log.Record] = {}
     with ExitStack() as stack:

@@ -79,6 +79,11 @@ class History:
         return self.evaluations[-1].loss if self.diverged_at is None else float("inf")
 
     @property
+    def has_curve(self) -> bool:
+        """Whether the run did not diverge and was evaluated more than once."""
+        return self.diverged_at is None and len(self.evaluations) > 1
+
+    @property
     def seconds_per_step(self) -> float:
         """Median time per step, excluding the interval before the first log write."""
         return statistics.median(self.seconds[1:] or self.seconds)
@@ -139,9 +144,10 @@ def first_step_at(evaluations: Sequence[Evaluation], loss: float) -> float | Non
 def speed_up(base: History, cautious: History) -> float | None:
     """Compute the ratio of the base's steps to those needed to reach its final loss.
 
-    Return None if the cautious run never reaches it, or if the base diverged.
+    Return None if the cautious run never reaches it, if it was evaluated only once, so
+    that the step is unknown, or if one of them diverged.
     """
-    if base.diverged_at is not None:
+    if base.diverged_at is not None or not cautious.has_curve:
         return None
     reached = first_step_at(cautious.evaluations, base.final_loss)
     return None if reached is None else base.evaluations[-1].step / reached

@@ -206,7 +206,8 @@ def _plot_maps(
             if np.isnan(loss):
                 continue
             shown = f"{loss:.3f}" if np.isfinite(loss) else "diverged"
-            on_light = np.isfinite(loss) and loss < (low + high) / 2
+            # An infinite loss has no color: its cell is white.
+            on_light = not np.isfinite(loss) or loss < (low + high) / 2
             panel.text(
                 j, i, shown, ha="center", va="center", color="k" if on_light else "w"
             )

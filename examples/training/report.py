@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tabulate import tabulate
 
 from examples.training import plots
@@ -198,6 +197,15 @@ def _points(groups: Mapping[tuple[Side, Point], Group], side: Side) -> str:
 def _sentence(base: Group, cautious: Group) -> str:
     names = base[0].run.side.title, cautious[0].run.side.title
     both = by_seed(base, cautious)
+    diverged = sum(h.diverged_at is not None for h in cautious)
+    if diverged:
+        return f"{names[1]} diverged with {diverged} of {len(cautious)} seeds."
+    if not all(history.has_curve for history in cautious):
+        text = (
+            f"{names[0]} ended at a validation loss of {mean_loss(base):.4f}, "
+            f"{names[1]} at {mean_loss(cautious):.4f}."
+        )
+        return f"{text} {_difference(both)}".strip()
     reached = [first_step_at(c.evaluations, b.final_loss) for b, c in both]
     steps = base[0].evaluations[-1].step
     found = [step for step in reached if step is not None]
@@ -218,9 +226,7 @@ def _sentence(base: Group, cautious: Group) -> str:
 
 def _difference(both: Sequence[tuple[History, History]]) -> str:
     """Describe the difference of the final losses and its confidence interval."""
-    if len(both) < 2 or any(
-        not np.isfinite(h.final_loss) for pair in both for h in pair
-    ):
+    if len(both) < 2:
         return ""
     base, other = ([h.final_loss for h in side] for side in zip(*both, strict=True))
     mean, low, high = paired_difference(base, other)
@@ -232,9 +238,11 @@ def _difference(both: Sequence[tuple[History, History]]) -> str:
 
 
 def _ratio(base: Group, cautious: Group) -> str:
-    ratios = [speed_up(b, c) for b, c in by_seed(base, cautious)]
-    if any(history.diverged_at is not None for history in (*base, *cautious)):
+    if any(h.diverged_at is not None for h in base):
         return ""
+    if not all(h.has_curve for h in cautious):
+        return ""
+    ratios = [speed_up(b, c) for b, c in by_seed(base, cautious)]
     found = [ratio for ratio in ratios if ratio is not None]
     return spread(found, ".2f") if len(found) == len(ratios) else "not reached"
 

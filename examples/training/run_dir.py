@@ -214,16 +214,16 @@ def require_shared(run_dir: Path) -> None:
 
 
 def require_same_files(from_run: Path, data: Data) -> None:
-    """Check that a run started from another's weights has the same files.
+    """Check that a run started from another's weights shares the files that it must.
 
     With another tokenizer, the rows of the embedding would stand for other tokens.
     """
     if not (from_run / CHECKPOINTS_NAME).is_dir():
         return  # Not a run: ``Task.check_source`` has checked it.
-    for name, text in data.files.items():
+    for name in sorted(data.shared):
         path = from_run / name
         require(
-            not path.exists() or read_text("from", path) == text,
+            not path.exists() or read_text("from", path) == data.files[name],
             f"from: the run in {from_run} used a different {name}; pass "
             f"--{path.stem} {path}.",
         )

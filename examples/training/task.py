@@ -29,9 +29,11 @@ class Data:
     fingerprint: str
     """Hash of the data, identical on all processes."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Additional files saved with a run: contents by name. A run that starts from
-    another's weights must have the same files. The option that sets a file is named
-    after it, as in ``--tokenizer RUN/tokenizer.json``."""
+    """Additional files saved with a run: contents by name."""
+    shared: frozenset[str] = frozenset()
+    """Names of the files that must be the same in a run from whose weights this one
+    starts. The option that sets a file is named after it, as in ``--tokenizer
+    RUN/tokenizer.json``."""
 
 
 class Model(NamedTuple):
@@ -85,6 +87,10 @@ class Task(Protocol):
     @property
     def data(self) -> Batches:
         """The data settings."""
+
+    @property
+    def architecture(self) -> Mapping[str, object]:
+        """The settings that weights belong to, such as the number of heads."""
 
     @property
     def units(self) -> int:

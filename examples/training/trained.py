@@ -9,10 +9,11 @@ import jax
 from examples.training import log
 from examples.training.checkpoint import (
     CHECKPOINTS_NAME,
+    require_weights,
     restore_params,
     saved_steps,
 )
-from examples.training.checks import read_text, require
+from examples.training.checks import read_text, require, require_same_architecture
 from examples.training.config import TrainConfig, from_json
 from examples.training.run_dir import CONFIG_NAME
 from examples.training.task import Params, Task
@@ -57,6 +58,18 @@ def load_trained(source: Source, task: type[T]) -> Trained[T]:
     like = jax.eval_shape(lambda: config.task.init(0))
     params = restore_params(source.run_dir / CHECKPOINTS_NAME, step, like)
     return Trained(config, step, params)
+
+
+def require_same_model(run_dir: Path, task: Task) -> None:
+    """Check that a run has weights for the model of a task of the same class.
+
+    Raises:
+        InputError: if there is no checkpoint, or it contains another model.
+    """
+    require_weights(run_dir, jax.eval_shape(lambda: task.init(0)))
+    path = run_dir / CONFIG_NAME
+    found = from_json(read_text("from", path), f"from: {path}", type(task)).task
+    require_same_architecture(run_dir, found.architecture, task.architecture)
 
 
 def is_loadable(run_dir: Path) -> bool:

@@ -38,9 +38,10 @@ from examples.llama.config import DataConfig as LlamaDataConfig
 from examples.llama.export import export
 from examples.llama.pretrained import open_pretrained, read_vocabulary
 from examples.llama.task import LlamaTask
-from examples.training import command_line, history, log, step
+from examples.training import command_line, compare, history, log, step
 from examples.training.checks import InputError
 from examples.training.config import TrainConfig, to_json
+from examples.training.history import Run, Side
 from examples.training.optimizers import OptimizerConfig
 from examples.training.trained import Source, load_trained
 from tests.examples.training_fixtures import (
@@ -636,7 +637,32 @@ def test_fine_tuning_from_a_fine_tuned_model(pretrained, table, tmp_path):
     params = again.task.start_from(tmp_path / "first", 1)
     jax.tree.map(np.testing.assert_array_equal, params["blocks"], fine_tuned["blocks"])
     assert (params["score"]["kernel"] != fine_tuned["score"]["kernel"]).all()
+    # The head is new, so that the labels may be others.
+    words = [(text, label.upper()) for text, label in some_rows()]
+    other = write_table(tmp_path / "other.csv", words)
+    data = replace(again.task.data, data=(str(other),))
+    again = replace(again, task=replace(again.task, data=data))
     assert train(again, tmp_path / "second")[-1]["step"] == 4
+    labels = [
+        (tmp_path / run / "labels.json").read_text() for run in ("first", "second")
+    ]
+    assert labels[0] != labels[1]
+
+
+def test_a_comparison_resumes_without_the_pretrained_model(pretrained, table, tmp_path):
+    config = glue_config(pretrained, table)
+    run = Run(Side("adamw", True), (), 0)
+    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / run.name, stop=lambda step: step == 2)
+    gone = pretrained[0].with_name("gone")
+    pretrained[0].rename(gone)
+    try:
+        compare.require_trainable({run: config}, tmp_path)
+        assert compare.run_all({run: config}, (), tmp_path, together=True)
+    finally:
+        gone.rename(pretrained[0])
+    losses = [record["loss"] for record in log.read(tmp_path / run.name)]
+    assert losses == [record["loss"] for record in whole]
 
 
 def test_tables_are_read_verbatim(vocabulary, pretrained, tmp_path):
@@ -652,6 +678,15 @@ def test_tables_are_read_verbatim(vocabulary, pretrained, tmp_path):
     tabs.write_text("\n".join(["text\tlabel", *lines]))
     read = [r for side in read_rows(replace(config, data=(str(tabs),))) for r in side]
     assert {row.texts[0] for row in read} == {f'"{i}' for i in range(9)}
+
+
+def test_a_byte_order_mark_is_not_part_of_a_column_name(pretrained, tmp_path):
+    """Excel writes one."""
+    path = tmp_path / "rows.csv"
+    lines = ["text,label", *(f"{i},{i % 2}" for i in range(9))]
+    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    rows = read_rows(glue_config(pretrained, path).task.data)
+    assert {row.texts[0] for side in rows for row in side} == {*"012345678"}
 
 
 def test_a_run_that_diverged_has_no_scores(pretrained, table, tmp_path):

@@ -33,6 +33,7 @@ from examples.mae.model import (
 from examples.mae.task import MAETask
 from examples.training.checks import InputError
 from examples.training.task import count_parameters
+from tests.examples import mae_fixtures as fixtures
 
 MODEL = ModelConfig(
     image_size=16,
@@ -562,3 +563,27 @@ def test_a_reconstruction_keeps_visible_patches(norm_pixels):
 def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(InputError, match=f"^{message}"):
         ModelConfig(**settings)
+
+
+# The weights of another run
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_heads": 8, "norm_pixels": True}, "--num-heads 4 --no-norm-pixels"),
+        ({"decoder_num_heads": 4}, "--decoder-num-heads 3"),
+        ({"hidden_size": 64}, "different model"),
+        ({"mask_ratio": 0.5, "image_size": 24, "unroll": 3}, None),
+    ],
+)
+def test_a_run_starts_from_the_weights_of_the_same_model(settings, message, tmp_path):
+    """The shapes of the weights do not depend on the number of heads."""
+    source = tmp_path / "run"
+    fixtures.write_run(source, MAETask(fixtures.MODEL), {1: 0.5})
+    task = MAETask(replace(fixtures.MODEL, **settings))
+    if message is None:
+        task.check_source(source)
+        return
+    with pytest.raises(InputError, match=message):
+        task.check_source(source)

@@ -171,6 +171,55 @@ def test_runs_that_diverged(config, tmp_path):
     report.write([lost], [config], tmp_path)
 
 
+def test_a_diverged_run_has_no_ratio_of_steps():
+    runs = [
+        *(history(4.0, 3.0, seed=seed) for seed in (0, 1)),
+        history(3.5, 2.5, name="cautious_adamw", seed=0, diverged_at=25),
+        history(3.5, 2.5, name="cautious_adamw", seed=1),
+        *(
+            history(3.5, 3.2, name="cautious_adamw", rate=4.0, seed=seed)
+            for seed in (0, 1)
+        ),
+    ]
+    assert history_of.speed_up(runs[0], runs[2]) is None
+    assert cells(report.table(runs, METRICS), 3)[-1] == ""
+    same, _ = report.verdicts(runs)
+    assert same.endswith("cautious AdamW diverged with 1 of 2 seeds.")
+
+
+def test_runs_evaluated_once_have_no_ratio_of_steps():
+    runs = [
+        history(loss + seed / 10, name=name, seed=seed)
+        for name, loss in (("adamw", 3.0), ("cautious_adamw", 2.5))
+        for seed in (0, 1)
+    ]
+    assert history_of.speed_up(runs[0], runs[2]) is None
+    assert cells(report.table(runs, METRICS), 3)[-1] == ""
+    (line,) = report.verdicts(runs)
+    assert (
+        "AdamW ended at a validation loss of 3.0500, cautious AdamW at 2.5500." in line
+    )
+    assert "differ by -0.5000" in line
+    assert "step" not in line
+
+
+def test_the_arrow_shows_the_mean_ratio_of_the_table():
+    runs = [
+        history(4.0, 3.0, seed=0),
+        history(4.0, 3.2, seed=1),
+        history(3.5, 2.5, name="cautious_adamw", seed=0),
+        history(3.2, 2.7, name="cautious_adamw", seed=1),
+    ]
+    axes = Figure().subplots()
+    plots._plot_curves(axes, runs)
+    labels = [text.get_text() for text in axes.texts if text.get_text()]
+    assert labels == ["ratio of steps: 1.67"]
+    axes = Figure().subplots()
+    slow = history(3.9, 3.3, name="cautious_adamw", seed=1)
+    plots._plot_curves(axes, [*runs[:3], slow])
+    assert not axes.texts  # The slow run never reaches the loss.
+
+
 def test_an_optimizer_without_its_base_is_not_compared():
     runs = [history(4.0, 3.0, name="cautious_lion"), history(4.0, 3.0)]
     assert history_of.pairs(runs) == []
@@ -229,6 +278,8 @@ def test_a_heat_map_distinguishes_missing_from_diverged_runs():
     plots._plot_maps(panels, runs, [runs[0].run.side], swept)
     shown = {text.get_position(): text.get_text() for text in panels[0].texts}
     assert shown == {(0, 0): "1.000", (0, 1): "2.000", (1, 0): "diverged"}
+    colors = {text.get_text(): text.get_color() for text in panels[0].texts}
+    assert colors["diverged"] == "k"
 
 
 def test_default_rates_of_two_optimizers_are_not_a_sweep():

@@ -81,6 +81,7 @@ def data_of(
         validation_batches(corpus, config)[:, process_index::process_count],
         corpus.fingerprint,
         {TOKENIZER_NAME: corpus.tokenizer.to_str(pretty=True)},
+        shared=frozenset({TOKENIZER_NAME}),
     )
     if process_index == 0:
         train, validation = corpus.documents
@@ -111,6 +112,7 @@ def _load_stream(
         whole[:, process_index::process_count],
         hashlib.sha256(whole.tobytes()).hexdigest(),
         {TOKENIZER_NAME: tokenizer.to_str(pretty=True)},
+        shared=frozenset({TOKENIZER_NAME}),
     )
     if process_index == 0:
         same = config.validation_split == config.train_split
