@@ -137,9 +137,20 @@ class Caution(NamedTuple):
 
     def detach(self, state: optax.OptState) -> optax.OptState:
         """Return the optimizer's state without the monitor's."""
+        has_monitor = (
+            type(state) is tuple
+            and len(state) == 2
+            and isinstance(state[1], CautiousState)
+        )
+        if not self.monitor and has_monitor:
+            raise ValueError(
+                "monitor=False, but the state was created with a monitor: it is a pair "
+                "that ends in a CautiousState. Pass the first of the pair, which is "
+                "the optimizer's state, or set monitor=True."
+            )
         if not self.monitor:
             return state
-        if [type(part) for part in state[1:]] != [CautiousState]:
+        if not has_monitor:
             raise ValueError(
                 "monitor=True, but the state was created without a monitor: expected a "
                 f"pair that ends in a CautiousState, got a {type(state).__name__}. "

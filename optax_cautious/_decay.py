@@ -91,7 +91,7 @@ def add_cautious_decayed_weights(
     """
     check_direction(direction)
     check_weight_decay(weight_decay)
-    plain = optax.add_decayed_weights(weight_decay, mask)
+    plain = optax.add_decayed_weights(weight_decay)
 
     def add(u: jax.Array, decay: jax.Array) -> jax.Array:
         # a < 0 where the decay term, s * decay, opposes the update.
@@ -108,9 +108,10 @@ def add_cautious_decayed_weights(
                 "add_cautious_decayed_weights needs the parameters: call "
                 "tx.update(grads, state, params)."
             )
-        # The decay that Optax adds, with its mask and schedule.
+        # The decay that Optax adds, with its schedule.
         zeros = jax.tree.map(jnp.zeros_like, updates)
         decay, state = plain.update(zeros, state, params)
         return jax.tree.map(add, updates, decay), state
 
-    return optax.GradientTransformation(plain.init, update_fn)
+    tx = optax.GradientTransformation(plain.init, update_fn)
+    return tx if mask is None else optax.masked(tx, mask)

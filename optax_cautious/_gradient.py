@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 
@@ -26,10 +27,25 @@ def transformation(
             f"{what} takes an optimizer, as in {what}(optax.adamw(3e-4)), got "
             f"{tx!r}.{hint}"
         )
+    error = TypeError(_MULTI_STEPS.format(what=what))
     # Both the MultiSteps object and its gradient_transformation() have such an update.
     if isinstance(getattr(tx.update, "__self__", None), optax.MultiSteps):
-        raise TypeError(_MULTI_STEPS.format(what=what))
-    return optax.with_extra_args_support(tx)
+        raise error
+    inner = optax.with_extra_args_support(tx)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        state = inner.init(params)
+        # One may be anywhere inside, for example in a chain.
+        nodes = jax.tree.leaves(state, is_leaf=_is_multi_steps)
+        if any(map(_is_multi_steps, nodes)):
+            raise error
+        return state
+
+    return optax.GradientTransformationExtraArgs(init_fn, inner.update)
+
+
+def _is_multi_steps(state: Any) -> bool:
+    return isinstance(state, optax.MultiStepsState)
 
 
 _MULTI_STEPS = """{what} around optax.MultiSteps would compare the accumulated step \
@@ -59,7 +75,7 @@ def provide_gradient(
       A :class:`optax.GradientTransformationExtraArgs` with the state of ``tx``.
 
     Raises:
-      TypeError: if ``tx`` is not a transformation, or is an
+      TypeError: if ``tx`` is not a transformation, or is or, in ``init``, contains an
         :class:`optax.MultiSteps`, which must be the outer one.
 
     Examples:

@@ -113,7 +113,11 @@ def _by_element(
     if u.size == 0:
         return u
     rule, dtype = merge(rule, arrays), _accumulator_dtype(u)
-    w = lax.convert_element_type(_weights(rule, a.weighed, dtype), dtype)
+    w = _weights(rule, a.weighed, dtype)
+    if rule.renormalize is None and w.dtype == jnp.bool_:
+        # XLA turns u * w into a selection of 0, which would hide a NaN in u.
+        return lax.select(w, u, lax.mul(u, lax.full_like(u, 0)))
+    w = lax.convert_element_type(w, dtype)
     return _multiply(u, w * _scale(rule, a.counted, stacked, dtype))
 
 
@@ -166,13 +170,16 @@ def _scale(rule: Rule, a: jax.Array, stacked: int, dtype: DTypeLike) -> ArrayLik
         n = n * lax.psum(1, rule.axis_name)
     # Both are fractions of n. A coordinate is live if it is not neutral.
     # A slice without live coordinates is not rescaled.
+    has_live = live > 0
+    if ignores:
+        live = jnp.where(has_live, live, 1)  # The derivative of 0 / 0 is NaN.
     if rule.renormalize == "clamp":
         min_fraction = jnp.asarray(jnp.real(rule.min_fraction), dtype)
         scale = live / jnp.maximum(total, min_fraction * live)
     else:
         scale = live / (total + 1 / n)
     if ignores:
-        scale = jnp.where(live > 0, scale, 1)
+        scale = jnp.where(has_live, scale, 1)
     return lax.expand_dims(scale, axes)
 
 
@@ -242,8 +249,8 @@ def _is_zero(x: ArrayLike) -> bool:
 
 def _multiply(u: jax.Array, w: jax.Array) -> jax.Array:
     """Return u * w in the dtype of u, rounded once."""
-    wide = u.dtype if jnp.iscomplexobj(u) else w.dtype
-    product = lax.mul(
-        lax.convert_element_type(u, wide), lax.convert_element_type(w, wide)
-    )
+    if jnp.iscomplexobj(u):
+        # A product with w + 0j would turn an infinite part into NaN.
+        return lax.complex(_multiply(lax.real(u), w), _multiply(lax.imag(u), w))
+    product = lax.mul(lax.convert_element_type(u, w.dtype), w)
     return lax.convert_element_type(product, u.dtype)

@@ -57,7 +57,10 @@ def check_direction(direction: Any) -> None:
 
 def check_weight_decay(weight_decay: Any) -> None:
     """Raise a ValueError for a decay that is a concrete negative number."""
-    if isinstance(weight_decay, (int, float, np.number)) and weight_decay < 0:
+    if isinstance(weight_decay, jax.core.Tracer) or callable(weight_decay):
+        return
+    # optax.inject_hyperparams makes all numbers complex if a parameter is complex.
+    if np.any(np.real(np.asarray(weight_decay)) < 0):
         raise ValueError(
             f"weight_decay must not be negative, got {weight_decay}: a positive decay "
             "shrinks the weights, whatever the direction of the update."
@@ -130,7 +133,7 @@ def _number(name: str, value: Any) -> tuple[ArrayLike, float | None]:
     An array stays an array: its value may change between steps, so it must not be
     compiled in as a constant.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.core.Tracer) and value.ndim == 0:
         return value, None
     is_scalar = isinstance(value, ARRAY_LIKE) and jnp.ndim(value) == 0
     if not is_scalar or not jnp.issubdtype(jnp.result_type(value), jnp.number):

@@ -25,7 +25,9 @@ the output of the previous one. Any of these passes the gradient:
   updates, state = tx.update(grads, state, params, grad=grads)
   tx = provide_gradient(optax.chain(optax.adamw(3e-4), cautious()))
   tx = with_caution(optax.adamw(3e-4))
-  tx = cautious_adamw(3e-4)"""
+  tx = cautious_adamw(3e-4)
+A wrapper that does not pass on extra arguments belongs outside: \
+wrapper(provide_gradient(...))."""
 
 _NOT_A_WRAPPER = """cautious() is a link for optax.chain and takes only keyword \
 arguments, got {args!r}. To make an optimizer cautious, write one of these:
@@ -163,9 +165,9 @@ def cautious(
       A :class:`optax.GradientTransformationExtraArgs` whose ``update`` takes the
       gradient, a tree like the updates, as the keyword argument ``grad``. It keeps the
       dtypes of the updates, except that integers become float32. Its state is empty,
-      or a :class:`CautiousState` with ``monitor=True``. An update that is NaN, or
-      infinite and opposed, results in NaN; a finite update stays finite, whatever its
-      gradient, unless rescaling makes it overflow.
+      or a :class:`CautiousState` with ``monitor=True``. A NaN in the update stays NaN;
+      an infinite value stays infinite, or becomes NaN if its weight is 0; a finite
+      update stays finite, whatever its gradient, unless rescaling makes it overflow.
 
     Raises:
       ValueError: for an argument outside its range; in ``update``, if the gradient is
@@ -275,8 +277,8 @@ def with_caution(
 
     Raises:
       ValueError: see :func:`cautious`.
-      TypeError: if ``optimizer`` is not an optimizer, or is an
-        :class:`optax.MultiSteps`, which must be the outer one.
+      TypeError: if ``optimizer`` is not an optimizer, or is or, in ``init``, contains
+        an :class:`optax.MultiSteps`, which must be the outer one.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -185,7 +185,10 @@ def _as_depth(depth: Any) -> int:
 
 def _problem(u: Any, g: Any, depth: int) -> str | None:
     """Describe what is wrong with a leaf and what to do, as a template for its name."""
-    same = "Pass the gradient of the same parameters."
+    same = (
+        "Pass the gradient of the same parameters. A wrapper that reshapes the updates "
+        "belongs outside: wrapper(provide_gradient(...))."
+    )
     exempt = "Exempt the leaf with a mask."
     if not jax.tree_util.all_leaves([g]):
         return (

@@ -65,6 +65,20 @@ def test_mask(mask):
     assert jax.tree.structure(state) == jax.tree.structure(apply(plain)[1])
 
 
+@pytest.mark.parametrize(
+    "other",
+    [np.zeros((), jax.dtypes.float0), jnp.array(True), jax.random.key(0)],
+)
+def test_leaves_outside_the_mask_may_be_of_any_kind(other):
+    """The gradient of an integer, for example, has the dtype float0."""
+    params, updates = ({**tree, "other": other} for tree in (PARAMS, UPDATES))
+    mask = {**jax.tree.map(lambda _: True, PARAMS), "other": False}
+    tx = add_cautious_decayed_weights(0.1, mask)
+    out, _ = tx.update(updates, tx.init(params), params)
+    assert out.pop("other") is other
+    chex.assert_trees_all_close(out, expected(0.1))
+
+
 def test_a_product_that_underflows_still_has_a_sign():
     params, u = jnp.array([1e-30, -1e-30]), jnp.array([1e-30, 1e-30])
     tx = add_cautious_decayed_weights(1.0)
@@ -87,8 +101,9 @@ def test_dtypes_none_and_nan():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="weight_decay must not be negative"):
-        add_cautious_decayed_weights(-0.1)
+    for number in (-0.1, np.float32(-0.1), jnp.float32(-0.1), jnp.array(-0.1 + 0j)):
+        with pytest.raises(ValueError, match="weight_decay must not be negative"):
+            add_cautious_decayed_weights(number)
     with pytest.raises(ValueError, match="direction must be one of"):
         add_cautious_decayed_weights(0.1, direction="up")
     tx = add_cautious_decayed_weights(0.1)

@@ -89,6 +89,20 @@ def test_the_monitor_counts_the_momentum_of_matrices():
     assert abs(float(optax.tree.get(state, "aligned_fraction") * 15 - agree)) <= 1
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_only_adaptive_muon_keeps_the_scale_of_the_momentum(adaptive):
+    plain, scaled = (
+        run(
+            cautious_muon(
+                1e-2, caution_on="momentum", adaptive=adaptive, renormalize=option
+            )
+        )[0][-1][1]["w"]
+        for option in (None, "clamp")
+    )
+    ratio = np.linalg.norm(scaled) / np.linalg.norm(plain)
+    assert ratio > 1.01 if adaptive else abs(ratio - 1) < 1e-3
+
+
 def test_an_unknown_form_is_rejected():
     with pytest.raises(ValueError, match="caution_on must be one of 'update', 'mom"):
         cautious_muon(1e-2, caution_on="gradient")

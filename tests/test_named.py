@@ -196,6 +196,15 @@ def test_a_state_without_a_monitor_is_rejected(name):
 
 
 @pytest.mark.parametrize("name", NAMED)
+def test_a_state_with_a_monitor_is_rejected(name):
+    """The monitor would never change again."""
+    params = params_for({})
+    tx = make(name, 1e-2)
+    with pytest.raises(ValueError, match="monitor=False, but the state was created wi"):
+        tx.update(params, make(name, 1e-2, monitor=True).init(params), params)
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_inject_hyperparams(name):
     static_args = NAMED[name].static_args
     make_injected = optax.inject_hyperparams(NAMED[name].ours, static_args=static_args)

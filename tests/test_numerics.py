@@ -43,6 +43,24 @@ def test_complex_alignment_is_the_sign_of_the_real_inner_product():
     np.testing.assert_array_equal(apply(tx, u, g), u * jnp.array([1, -1, 0, 1]))
 
 
+@pytest.mark.parametrize(
+    ("u", "g", "weight", "expected"),
+    [
+        (np.inf, 1.0, 0.5, np.inf),
+        (np.inf, -1.0, 0.5, np.inf),
+        (np.inf, -1.0, 0.0, np.nan),
+        (np.inf, 0.0, 0.0, np.nan),
+        (np.inf + 1j, 1.0, 0.0, np.inf + 1j),
+        (np.inf + 1j, -1.0, 0.5, np.inf + 0.5j),
+        (np.nan + 1j, 1.0, 1.0, np.nan + 0j),
+    ],
+)
+def test_an_infinite_update_times_its_weight(u, g, weight, expected):
+    tx = cautious(opposed_weight=weight, renormalize=None, direction="ascent")
+    out = apply(tx, jnp.array([u]), jnp.array([g]).astype(jnp.array(u).dtype))
+    np.testing.assert_array_equal(out, jnp.array([expected]).astype(out.dtype))
+
+
 @pytest.mark.parametrize("alignment", ["element", "leaf", "tree"])
 @pytest.mark.parametrize("opposed_weight", [0.0, 1.0, -1.0])
 @pytest.mark.parametrize(
@@ -56,8 +74,17 @@ def test_complex_alignment_is_the_sign_of_the_real_inner_product():
         (-np.inf, 0.0),
     ],
 )
-def test_a_non_finite_update_stays_visible(alignment, opposed_weight, u_0, g_0):
-    tx = cautious(alignment=alignment, opposed_weight=opposed_weight)
+@pytest.mark.parametrize("renormalize", ["clamp", "plus_one", None])
+@pytest.mark.parametrize("neutral", ["hold", "follow", "ignore"])
+def test_a_non_finite_update_stays_visible(
+    neutral, renormalize, alignment, opposed_weight, u_0, g_0
+):
+    tx = cautious(
+        alignment=alignment,
+        opposed_weight=opposed_weight,
+        renormalize=renormalize,
+        neutral=neutral,
+    )
     u = jnp.array([u_0, 1.0, -1.0, -1.0])
     g = jnp.array([g_0, 1.0, 1.0, 1.0])
     out = apply(tx, u, g)

@@ -188,8 +188,32 @@ def test_the_wrapped_functions_keep_their_signatures():
 
 def test_a_state_without_a_monitor():
     tx = with_caution(optax.adam(0.1), monitor=True)
+    named = optax.named_chain(("adam", optax.adam(0.1)))
+    for other in (optax.adam(0.1), optax.identity(), named):
+        with pytest.raises(ValueError, match=r"monitor=True, but .* docs/usage.md"):
+            tx.update(ARRAYS, other.init(ARRAYS), ARRAYS)
     with pytest.raises(ValueError, match=r"monitor=True, but .* docs/usage.md"):
-        tx.update(ARRAYS, optax.adam(0.1).init(ARRAYS), ARRAYS)
+        tx.update(ARRAYS, jnp.zeros(()), ARRAYS)
+
+
+def test_a_state_with_a_monitor():
+    tx = with_caution(optax.adam(0.1))
+    state = with_caution(optax.adam(0.1), monitor=True).init(ARRAYS)
+    with pytest.raises(ValueError, match=r"monitor=False, but .* first of the pair"):
+        tx.update(ARRAYS, state, ARRAYS)
+    tx.update(ARRAYS, state[0], ARRAYS)
+
+
+def test_a_wrapper_between_the_gradient_and_caution():
+    chain = optax.chain(optax.sgd(0.1), cautious())
+    reshaping = provide_gradient(optax.flatten(chain))
+    with pytest.raises(ValueError, match=r"wrapper\(provide_gradient\(\.\.\.\)\)"):
+        reshaping.update(ARRAYS, reshaping.init(ARRAYS), ARRAYS)
+    tx = provide_gradient(optax.contrib.split_real_and_imaginary(chain))
+    with pytest.raises(ValueError, match=r"wrapper\(provide_gradient\(\.\.\.\)\)"):
+        tx.update(ARRAYS, tx.init(ARRAYS), ARRAYS)
+    outside = optax.flatten(provide_gradient(chain))
+    outside.update(ARRAYS, outside.init(ARRAYS), ARRAYS)
 
 
 @pytest.mark.parametrize("make_tx", [cautious_adam, cautious_sgd])

@@ -17,6 +17,7 @@ from optax_cautious import (
     cautious_adam,
     cautious_adamw,
     cautious_sgd,
+    provide_gradient,
     with_caution,
 )
 
@@ -96,6 +97,12 @@ def multi_steps():
     for tx in (around, around.gradient_transformation()):
         with pytest.raises(TypeError, match=r"MultiSteps\(with_caution\(optimizer\)"):
             with_caution(tx)
+    chain = optax.chain(optax.clip_by_global_norm(1.0), around)
+    parts = optax.partition({"w": around, "b": sgd()}, {"w": "w", "b": "b"})
+    for tx in (chain, parts, optax.apply_if_finite(chain, 5)):
+        for wrap in (with_caution, provide_gradient):
+            with pytest.raises(TypeError, match=r"Put it inside:\s+optax.MultiSteps"):
+                wrap(tx).init(PARAMS)
 
 
 def apply_if_finite():

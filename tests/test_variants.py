@@ -139,6 +139,36 @@ def test_the_update_is_differentiable(name):
     chex.assert_tree_all_finite(jax.jit(jax.grad(after_a_step))(GRADS))
 
 
+@pytest.mark.parametrize("neutral", ["hold", "follow", "ignore"])
+@pytest.mark.parametrize("renormalize", ["clamp", "plus_one"])
+@pytest.mark.parametrize("setting", ["opposed_weight", "min_fraction"])
+def test_derivatives_by_the_settings_are_finite(setting, renormalize, neutral):
+    """A leaf without a gradient has no coordinate to average over."""
+    u = {"idle": jnp.ones(3), "used": jnp.array([1.0, -2.0, 3.0])}
+    g = {"idle": jnp.zeros(3), "used": jnp.array([-1.0, -1.0, -1.0])}
+
+    def loss(value):
+        options = {setting: value, "renormalize": renormalize, "neutral": neutral}
+        out, _ = optax_cautious.cautious(**options).update(
+            u, optax.EmptyState(), grad=g
+        )
+        return optax.tree.norm(out, squared=True)
+
+    assert jnp.isfinite(jax.grad(loss)(0.5))
+
+
+@pytest.mark.parametrize("setting", ["opposed_weight", "min_fraction"])
+def test_a_traced_setting_is_a_scalar(setting):
+    def update(value):
+        u = jnp.ones(3)
+        tx = optax_cautious.cautious(**{setting: value})
+        return tx.update(u, optax.EmptyState(), grad=-u)
+
+    with pytest.raises(ValueError, match=f"{setting} must be a number"):
+        jax.jit(update)(jnp.full(3, 0.5))
+    jax.jit(jax.vmap(update))(jnp.full(3, 0.5))
+
+
 def test_numeric_settings_may_be_traced():
     @jax.jit
     def update(opposed_weight, min_fraction):

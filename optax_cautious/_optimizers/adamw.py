@@ -71,7 +71,8 @@ def cautious_adamw(
       stacked: number of leading axes along which leaves are stacked.
       axis_name: mapped axes along which the leaves are split.
       caution_mask: which leaves caution applies to (``mask`` of :func:`cautious`).
-      monitor: whether the state records the fraction of coordinates that agreed.
+      monitor: whether the state records the fraction of coordinates that agreed. A
+        coordinate whose update underflows to zero counts by its first moment.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.

@@ -71,8 +71,9 @@ def cautious_muon(
         (O(m_t \cdot w_t / \max(\rho_t, \rho_{\min})) + \lambda \theta_t)
 
     The step then keeps its spectrum, but may move against the gradient. Since
-    orthogonalization removes the scale, ``renormalize`` and ``min_fraction`` only
-    affect the other leaves, whose updates are masked as before.
+    orthogonalization removes the scale, unless ``adaptive=True`` restores it,
+    ``renormalize`` and ``min_fraction`` only affect the other leaves, whose updates are
+    masked as before.
 
     Weight decay is not masked. Unless ``monitor=True``, the state is that of
     :func:`optax.contrib.muon`.
