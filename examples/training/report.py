@@ -173,9 +173,9 @@ def verdicts(histories: Sequence[History]) -> list[str]:
         same = min(there, key=mean_loss, default=None)
         if same is not None:
             where = write_point(same[0].run.point)
-            lines.append(
-                f"At {where}, the best for {base.title}: {_sentence(base_best, same)}"
-            )
+            if sum(side == base for side, _ in groups) > 1:
+                where += f", the best for {base.title}"
+            lines.append(f"At {where}: {_sentence(base_best, same)}")
         if same is None or same[0].run != cautious_best[0].run:
             lines.append(
                 f"Each at its best on these seeds, "

@@ -106,8 +106,8 @@ def test_ratio_of_steps(config):
     assert history_of.speed_up(base, faster) == 20 / 15
     text = report.text([base, faster], [config])
     assert (
-        "At learning rate 1, the best for AdamW: cautious AdamW reached AdamW's final "
-        "validation loss of 3.0000 at step 15 of 20: a ratio of 1.33." in text
+        "At learning rate 1: cautious AdamW reached AdamW's final validation loss of "
+        "3.0000 at step 15 of 20: a ratio of 1.33." in text
     )
     table = report.table([base, faster], METRICS)
     assert (cells(table, 2)[-1], cells(table, 3)[-1]) == ("", "1.33")
