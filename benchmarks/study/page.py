@@ -301,14 +301,15 @@ def _section(
     ]
     remarks = [*edges(question, histories), *equal_arms(question, histories)]
     compared = compare_all(question, histories)
-    has_maps = len(question.arms) == 2 and not question.one_at_a_time
-    if has_maps:
+    has_maps = len(question.arms) == 2 and len(question.grid) == 2
+    if has_maps and not question.one_at_a_time:
         remarks += [
             f"{found.arm.title}: of {found.points} points, {found.near_own} are "
             f"within {NEAR:g} of its best, {found.best:.4f}, and {found.near_all} "
             f"within {NEAR:g} of the best of both arms (seed {TUNING_SEED})."
             for found in robustness(question, histories)
         ]
+    if has_maps:
         tuning = [h for h in histories if h.run.seed == TUNING_SEED]
         curves = [run for c in compared[-1:] for run in (*c.others, *c.own)]
         plots.plot(tuning, figure, curves=curves)

@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -73,9 +73,17 @@ def _swept(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
     # Optimizers with different default learning rates are not a sweep.
     swept = {name for (_, name), found in of_side.items() if len(found) > 1}
     return sorted(
-        ((name, list(found)) for name, found in values.items() if name in swept),
+        ((name, _in_order(found)) for name, found in values.items() if name in swept),
         key=lambda setting: -len(setting[1]),
     )
+
+
+def _in_order(values: Iterable[str]) -> list[str]:
+    """Sort values if they are numbers, and otherwise keep their order."""
+    try:
+        return sorted(values, key=float)
+    except ValueError:
+        return list(values)
 
 
 def _colors(histories: Sequence[History]) -> dict[Side, tuple[str, str]]:

@@ -286,7 +286,7 @@ def test_default_rates_of_two_optimizers_are_not_a_sweep():
     runs = [
         history(4.0, 3.0, name=name, rate=rate, point=(("b1", b1), ("b2", b2)))
         for name, rate in (("adamw", 2e-3), ("lion", 5e-4))
-        for b1, b2 in (("0.9", "0.9"), ("0.95", "0.9"))
+        for b1, b2 in (("0.95", "0.9"), ("0.9", "0.9"))
     ]
     assert plots._swept(runs) == [("b1", ["0.9", "0.95"])]
     more = [
