@@ -144,9 +144,9 @@ class Caution(NamedTuple):
         )
         if not self.monitor and has_monitor:
             raise ValueError(
-                "monitor=False, but the state was created with a monitor: it is a pair "
-                "that ends in a CautiousState. Pass the first of the pair, which is "
-                "the optimizer's state, or set monitor=True."
+                "monitor=False, but the state was created with a monitor: it contains "
+                "a pair that ends in a CautiousState. Set monitor=True, or convert the "
+                "state as docs/usage.md shows."
             )
         if not self.monitor:
             return state

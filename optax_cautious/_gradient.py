@@ -75,8 +75,8 @@ def provide_gradient(
       A :class:`optax.GradientTransformationExtraArgs` with the state of ``tx``.
 
     Raises:
-      TypeError: if ``tx`` is not a transformation, or is or, in ``init``, contains an
-        :class:`optax.MultiSteps`, which must be the outer one.
+      TypeError: if ``tx`` is not a transformation, or is an :class:`optax.MultiSteps`,
+        which must be the outer one; in ``init``, if it contains one.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -277,8 +277,9 @@ def with_caution(
 
     Raises:
       ValueError: see :func:`cautious`.
-      TypeError: if ``optimizer`` is not an optimizer, or is or, in ``init``, contains
-        an :class:`optax.MultiSteps`, which must be the outer one.
+      TypeError: if ``optimizer`` is not an optimizer, or is an
+        :class:`optax.MultiSteps`, which must be the outer one; in ``init``, if it
+        contains one.
 
     Examples:
       >>> import jax.numpy as jnp
