@@ -363,9 +363,13 @@ def test_a_checksum_is_the_same_on_any_mesh():
 def test_the_aligned_fraction_is_of_the_optimizer_without_decay(steps_taken):
     """Nor is it affected by the warm-up, which starts at a learning rate of zero."""
     found = []
-    for weight_decay in (0.0, 10.0):
+    for options in (
+        {"weight_decay": 0.0},
+        {"weight_decay": 10.0},
+        {"weight_decay": 10.0, "cautious_decay": True},
+    ):
         plain = make_engine(with_optimizer("adamw"))
-        decayed = changed(plain.config, optimizer={"weight_decay": weight_decay})
+        decayed = changed(plain.config, optimizer=options)
         batch = plain.put_batch(walks()[0])
         train_step = plain.lower_train_step(batch).compile()
         *_, aligned_fraction = make_engine(decayed).compile(batch, batch[None])
@@ -373,7 +377,7 @@ def test_the_aligned_fraction_is_of_the_optimizer_without_decay(steps_taken):
         for _ in range(steps_taken):
             state, _ = train_step(state, batch)
         found.append(float(aligned_fraction(state, batch).whole))
-    assert found[0] == found[1] > 0.1
+    assert found[0] == found[1] == found[2] > 0.1
 
 
 def test_the_aligned_fraction_is_measured_before_caution_acts():
