@@ -96,7 +96,9 @@ class Caution(NamedTuple):
             params: optax.Params | None = None,
             **extra_args: Any,
         ) -> tuple[optax.Updates, optax.OptState]:
-            old, grad = self.detach(state), updates
+            # The state of a user's optimizer may itself end in a CautiousState.
+            is_ours = self.monitor or compare_by is not None
+            old, grad = self.detach(state) if is_ours else state, updates
             updates, new = inner.update(grad, old, params, **extra_args)
             compare = None if compare_by is None else compare_by(old)
             updates, own = self.update(updates, grad, compare)

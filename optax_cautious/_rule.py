@@ -114,11 +114,9 @@ def _by_element(
         return u
     rule, dtype = merge(rule, arrays), _accumulator_dtype(u)
     w = _weights(rule, a.weighed, dtype)
-    if rule.renormalize is None and w.dtype == jnp.bool_:
-        # XLA turns u * w into a selection of 0, which would hide a NaN in u.
-        return lax.select(w, u, lax.mul(u, lax.full_like(u, 0)))
-    w = lax.convert_element_type(w, dtype)
-    return _multiply(u, w * _scale(rule, a.counted, stacked, dtype))
+    if rule.renormalize is not None:
+        w = lax.convert_element_type(w, dtype) * _scale(rule, a.counted, stacked, dtype)
+    return _multiply(u, w)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "stacked"))
@@ -137,7 +135,7 @@ def _by_inner_product(
     s = -1 if rule.direction == "descent" else 1
     a = s * jnp.nan_to_num(jnp.sign(product))
     rule = merge(rule, arrays)._replace(neutral="follow")
-    w = _weights(rule, a, product.dtype).astype(product.dtype)
+    w = _weights(rule, a, product.dtype)
     return [
         _multiply(u, jnp.broadcast_to(lax.expand_dims(w, _axes(u, stacked)), u.shape))
         for u in us
@@ -154,10 +152,8 @@ def _weights(rule: Rule, a: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.where(a > 0, 1, jnp.where(a < 0, gamma, at_zero))
 
 
-def _scale(rule: Rule, a: jax.Array, stacked: int, dtype: DTypeLike) -> ArrayLike:
+def _scale(rule: Rule, a: jax.Array, stacked: int, dtype: DTypeLike) -> jax.Array:
     """Return the factor that rescales each slice."""
-    if rule.renormalize is None:
-        return 1.0
     axes, ignores = _axes(a, stacked), rule.neutral == "ignore"
     n = float(math.prod(a.shape[axis] for axis in axes))
     w = _weights(rule, a, dtype)
@@ -252,5 +248,8 @@ def _multiply(u: jax.Array, w: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(u):
         # A product with w + 0j would turn an infinite part into NaN.
         return lax.complex(_multiply(lax.real(u), w), _multiply(lax.imag(u), w))
+    if w.dtype == jnp.bool_:
+        # XLA turns the product with a bool into a selection of 0, which hides a NaN.
+        return lax.select(w, u, lax.mul(u, lax.full_like(u, 0)))
     product = lax.mul(lax.convert_element_type(u, w.dtype), w)
     return lax.convert_element_type(product, u.dtype)

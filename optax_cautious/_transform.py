@@ -278,8 +278,8 @@ def with_caution(
     Raises:
       ValueError: see :func:`cautious`.
       TypeError: if ``optimizer`` is not an optimizer, or is an
-        :class:`optax.MultiSteps`, which must be the outer one; in ``init``, if it
-        contains one.
+        :class:`optax.MultiSteps`, which must be the outer one; in ``init``, if it is a
+        chain with one.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -196,12 +196,17 @@ def test_a_state_without_a_monitor():
         tx.update(ARRAYS, jnp.zeros(()), ARRAYS)
 
 
-def test_a_state_with_a_monitor():
-    tx = with_caution(optax.adam(0.1))
-    state = with_caution(optax.adam(0.1), monitor=True).init(ARRAYS)
-    with pytest.raises(ValueError, match=r"monitor=False, but .* docs/usage.md"):
-        tx.update(ARRAYS, state, ARRAYS)
-    tx.update(ARRAYS, state[0], ARRAYS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        with_caution(optax.adam(0.1), monitor=True),
+        provide_gradient(optax.chain(optax.sgd(0.1), cautious(monitor=True))),
+    ],
+)
+def test_the_monitor_of_the_optimizer_itself(optimizer):
+    tx = with_caution(optimizer)
+    _, state = tx.update(ARRAYS, tx.init(ARRAYS), ARRAYS)
+    assert optax.tree.get(state, "aligned_fraction") == 1
 
 
 def test_a_wrapper_between_the_gradient_and_caution():

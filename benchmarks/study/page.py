@@ -176,8 +176,8 @@ def _interval(interval: Interval) -> str:
 
 
 def _ratio(comparison: Comparison) -> str:
-    """Describe the ratios of steps; empty for a score."""
-    if comparison.score:
+    """Describe the ratios of steps; empty for a score, or if a run diverged."""
+    if comparison.score or comparison.diverged:
         return ""
     reached = [ratio for ratio in comparison.ratios if ratio is not None]
     if len(reached) == len(comparison.ratios):
@@ -253,16 +253,23 @@ def _better_variants(answers: Answers) -> list[str]:
     ]
     tried = [title for title in verdicts[0] if all(title in v for v in verdicts)]
     better = [title for title in tried if all(v[title] == "better" for v in verdicts)]
-    sizes = " and ".join(
-        f"{count_parameters(QUESTIONS[name].config.task):,}" for name in RULES
-    )
-    found = f"{' and '.join(better) or 'none'} end{'s' * (len(better) < 2)} lower"
-    return [
-        f"**Of the variants tried at both {sizes} parameters ({', '.join(tried)}), "
-        f"{found} than the published rule at both, with intervals that exclude "
-        "zero.**",
+    counts = [f"{count_parameters(QUESTIONS[name].config.task):,}" for name in RULES]
+    sizes = " and ".join(counts)
+    once = [
+        f"{title} ({size})"
+        for title in tried
+        for size, verdict in zip(counts, verdicts, strict=True)
+        if title not in better and verdict[title] == "better"
+    ]
+    lines = [
+        f"**Variants that end lower than the published rule at both {sizes} "
+        f"parameters, with intervals that exclude zero: {', '.join(better) or 'none'}."
+        "**",
+        f"{', '.join(tried)} were tried at both."
+        + f" At one of them, these end lower: {', '.join(once)}." * bool(once),
         "",
     ]
+    return lines
 
 
 def _anchor(title: str) -> str:

@@ -113,7 +113,7 @@ _LOWER_RATES = replace(
 _SMALL = _sized(64, 172, 2, 2, 1)
 _B1 = ("0.9", "0.8", "0.95")
 _LARGER: Grid = {
-    "learning_rate": ("0.001", "0.002", "0.004"),
+    "learning_rate": ("0.0005", "0.001", "0.0015", "0.002", "0.004"),
     "b1": ("0.8", "0.6", "0.9"),
 }
 _LARGER_ARMS = (_ADAMW, replace(_CAUTIOUS, grid={"b1": ("0.95", "0.9", "0.98")}))
@@ -191,7 +191,7 @@ QUESTIONS: dict[str, Question] = {
     "size-9m": Question(
         "A Llama of 9 million parameters",
         _sized(384, 1032, 5, 8, 4),
-        _LARGER,
+        {**_LARGER, "learning_rate": ("0.0005", "0.001", "0.0015", "0.002")},
         _LARGER_ARMS,
         one_at_a_time=True,
         drop_in=False,
@@ -213,7 +213,10 @@ QUESTIONS: dict[str, Question] = {
     "muon": Question(
         "Does caution help Muon?",
         _LLAMA,
-        {"learning_rate": _OF_DEMO, "b1": _B1},
+        {
+            "learning_rate": ("0.004", "0.008", "0.016", "0.032"),
+            "b1": (*_B1, "0.6", "0.4"),
+        },
         (
             *_with_and_without("muon"),
             Arm(

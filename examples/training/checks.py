@@ -55,7 +55,7 @@ def require_same_architecture(
         f"--{'no-' * (value is False)}{name.replace('_', '-')}"
         + f" {value}" * (not isinstance(value, bool))
         for name, value in found.items()
-        if value != expected[name]
+        if value != expected.get(name)
     ]
     require(
         not options,

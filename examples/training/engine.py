@@ -219,7 +219,6 @@ def _measured(config: TrainConfig[Any]) -> optax.GradientTransformation:
     optimizer = replace(
         config.optimizer.without_caution(),
         weight_decay=0.0,
-        cautious_decay=False,
         schedule="constant",
         warmup_fraction=0.0,
     )

@@ -187,10 +187,6 @@ class OptimizerConfig:
             f"caution_on {self.caution_on!r} requires Muon, which orthogonalizes its "
             "momentum; pass --optimizer muon.",
         )
-        require(
-            self.weight_decay > 0 or not self.cautious_decay,
-            "cautious_decay requires weight decay; pass --weight-decay.",
-        )
         given = [
             f.name
             for f in fields(self)

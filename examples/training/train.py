@@ -48,6 +48,10 @@ def train(
     """
     rate, task = config.learning_rate, config.task
     require(profile >= 0, f"profile must be at least 0, got {profile}.")
+    require(
+        config.optimizer.weight_decay > 0 or not config.optimizer.cautious_decay,
+        "cautious_decay has no effect without weight decay; pass --weight-decay.",
+    )
     processes.join()
     run_dir = run_dir or default_run_dir(config)
     is_main = jax.process_index() == 0

@@ -501,9 +501,11 @@ def test_variants_that_are_better_at_all_sizes_come_first(tmp_path, monkeypatch)
 
     monkeypatch.setattr(page, "QUESTIONS", {"small": QUESTION, "large": QUESTION})
     monkeypatch.setattr(page, "RULES", ("small", "large"))
-    tried = "at both 1,068,928 and 1,068,928 parameters (follow)"
-    assert f"{tried}, follow ends lower than the published rule" in draw([2.6, 2.6])
-    assert f"{tried}, none ends lower than the published rule" in draw([2.6, 2.9])
+    zero = "with intervals that exclude zero"
+    assert f"{zero}: follow.**" in draw([2.6, 2.6])
+    text = draw([2.6, 2.9])
+    assert f"{zero}: none.**" in text
+    assert "At one of them, these end lower: follow (1,068,928)." in text
 
 
 def test_the_page_is_that_of_the_files(tmp_path):

@@ -416,7 +416,6 @@ def test_caution_changes_every_optimizer(name):
         ),
         ("cautious_lion", {"caution_on": "momentum"}, "caution_on .* --optimizer muon"),
         ("muon", {"caution_on": "momentum"}, "caution_on can only be set with caution"),
-        ("adamw", {"cautious_decay": True}, "requires weight decay; pass --weight-d"),
         ("lamb", {"exempt": ("w",)}, r"exempt can only .*; pass --caution\.$"),
         ("adam", {}, "optimizer must be one of adamw, lion, sgd, .*, got 'adam'"),
     ],
