@@ -265,8 +265,8 @@ def _better_variants(answers: Answers) -> list[str]:
         f"**Variants that end lower than the published rule at both {sizes} "
         f"parameters, with intervals that exclude zero: {', '.join(better) or 'none'}."
         "**",
-        f"{', '.join(tried)} were tried at both."
-        + f" At one of them, these end lower: {', '.join(once)}." * bool(once),
+        f"Tried at both: {', '.join(tried)}."
+        + f" Lower at one of them: {', '.join(once)}." * bool(once),
         "",
     ]
     return lines

@@ -505,7 +505,7 @@ def test_variants_that_are_better_at_all_sizes_come_first(tmp_path, monkeypatch)
     assert f"{zero}: follow.**" in draw([2.6, 2.6])
     text = draw([2.6, 2.9])
     assert f"{zero}: none.**" in text
-    assert "At one of them, these end lower: follow (1,068,928)." in text
+    assert "Lower at one of them: follow (1,068,928)." in text
 
 
 def test_the_page_is_that_of_the_files(tmp_path):
