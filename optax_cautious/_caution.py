@@ -96,9 +96,10 @@ class Caution(NamedTuple):
             params: optax.Params | None = None,
             **extra_args: Any,
         ) -> tuple[optax.Updates, optax.OptState]:
-            # The state of a user's optimizer may itself end in a CautiousState.
-            is_ours = self.monitor or compare_by is not None
-            old, grad = self.detach(state) if is_ours else state, updates
+            # Without a monitor of its own, a user's optimizer may still have one.
+            may_have_monitor = compare_by is None and not self.monitor
+            old = state if may_have_monitor else self.detach(state)
+            grad = updates
             updates, new = inner.update(grad, old, params, **extra_args)
             compare = None if compare_by is None else compare_by(old)
             updates, own = self.update(updates, grad, compare)
@@ -144,22 +145,20 @@ class Caution(NamedTuple):
             and len(state) == 2
             and isinstance(state[1], CautiousState)
         )
-        if not self.monitor and has_monitor:
+        if has_monitor and not self.monitor:
             raise ValueError(
                 "monitor=False, but the state was created with a monitor: it contains "
                 "a pair that ends in a CautiousState. Set monitor=True, or convert the "
                 "state as docs/usage.md shows."
             )
-        if not self.monitor:
-            return state
-        if not has_monitor:
+        if self.monitor and not has_monitor:
             raise ValueError(
                 "monitor=True, but the state was created without a monitor: expected a "
                 f"pair that ends in a CautiousState, got a {type(state).__name__}. "
                 "Create the state with this optimizer's init; docs/usage.md shows how "
                 "to convert an older one."
             )
-        return state[0]
+        return state[0] if self.monitor else state
 
     def _compare(self, pairs: _trees.Pairs) -> list[_rule.Agreement]:
         direction = self.rule.direction

@@ -69,8 +69,8 @@ def test_an_infinite_update_times_its_weight(u, g, weight, expected):
 @pytest.mark.parametrize("u", [np.nan, np.inf])
 def test_a_non_finite_scalar_stays_visible(u, renormalize, alignment):
     tx = cautious(alignment=alignment, renormalize=renormalize)
-    for stacked in (jnp.array(u), jnp.array([u])):
-        assert not jnp.isfinite(apply(tx, stacked, jnp.ones_like(stacked))).any()
+    for update in (jnp.array(u), jnp.array([u])):
+        assert not jnp.isfinite(apply(tx, update, jnp.ones_like(update))).any()
 
 
 @pytest.mark.parametrize("alignment", ["element", "leaf", "tree"])

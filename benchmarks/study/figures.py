@@ -50,7 +50,9 @@ def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> N
     figure.savefig(path, dpi=150)
 
 
-def plot_during(compared: Sequence[tuple[str, Comparison]], path: Path) -> None:
+def plot_differences_by_step(
+    compared: Sequence[tuple[str, Comparison]], path: Path
+) -> None:
     """Plot the difference in validation loss during training.
 
     Args:
@@ -62,9 +64,9 @@ def plot_during(compared: Sequence[tuple[str, Comparison]], path: Path) -> None:
     panel = figure.subplots()
     late: list[float] = []
     for name, comparison in compared:
-        during = comparison.during
-        shares = [step / max(during) for step in during]
-        means = [statistics.fmean(values) for values in during.values()]
+        by_step = comparison.differences_by_step
+        shares = [step / max(by_step) for step in by_step]
+        means = [statistics.fmean(values) for values in by_step.values()]
         late += means[len(means) // 6 :]
         panel.plot(shares, means, label=f"{name}: {comparison.arm.title}")
     panel.axhline(0, color="black", linewidth=1)
@@ -99,7 +101,7 @@ def plot_sizes(compared: Sequence[tuple[int, Comparison]], path: Path) -> None:
             color="C0",
             capsize=3,
         )
-        ratios = comparison.ratios
+        ratios = [] if comparison.diverged else comparison.ratios
         for i, ratio in enumerate(ratios):
             place = count * 1.05 ** (i - (len(ratios) - 1) / 2)  # Side by side.
             if ratio is None:

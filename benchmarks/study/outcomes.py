@@ -67,7 +67,7 @@ class Comparison:
         ]
 
     @property
-    def during(self) -> dict[int, list[float]]:
+    def differences_by_step(self) -> dict[int, list[float]]:
         """Per evaluated step and per seed, arm - other in validation loss."""
         pairs = by_seed(self.others, self.own)
         return {
@@ -150,8 +150,8 @@ def compare_all(question: Question, histories: Sequence[History]) -> list[Compar
     return comparisons
 
 
-def change(first: Comparison, second: Comparison) -> Interval:
-    """Compute the difference of the second minus that of the first, by Welch's test."""
+def difference_of_differences(first: Comparison, second: Comparison) -> Interval:
+    """Compute the second difference minus the first, with Welch's 95% interval."""
     a, b = first.differences, second.differences
     low, high = ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
     return Interval(statistics.fmean(b) - statistics.fmean(a), float(low), float(high))

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import records
-from benchmarks.study.figures import plot_differences, plot_during, plot_sizes
+from benchmarks.study.figures import (
+    plot_differences,
+    plot_differences_by_step,
+    plot_sizes,
+)
 from benchmarks.study.outcomes import (
     NEAR,
     Comparison,
-    change,
     compare_all,
+    difference_of_differences,
     edges,
     equal_arms,
     is_answered,
@@ -44,7 +48,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = DOCS / "results"
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Shares of the steps after which the table of differences during training is."""
+"""Shares of the steps after which the differences are in a table."""
 
 Answers = Mapping[str, Sequence[History]]
 """The histories of each question that has all of its runs."""
@@ -53,19 +57,20 @@ _HEAD = """# Results
 
 Does caution help, how much, and when does it not help? `make results` generates every
 table and figure on this page from the CSV files linked below, which `make study` fills;
-no number is typed by hand.
+no result is typed by hand.
 
 A question compares several arms, such as AdamW with and without caution. The Llamas
-read part of the source code of Python's standard library once, tokenized as in
-[the demo](llama.md); the masked autoencoder is that of [its demo](mae.md). All arms are
-tuned on the same grid (exceptions are listed) with seed {tuning}: at all of its points,
-or, where it says "one setting at a time", first the learning rate, with the other
-setting at the first value listed, then the other setting at the best rate, and so on
-until the best point does not change. The best point is that of the lowest validation
-loss; the grids are coarse, so a better one may lie between two of their points. Each
-arm is trained again at its best point with other seeds for the weights and the data
-order, because the best of many runs is partly luck. Where a row says "at the settings
-of" the other arm, only the optimizer was changed.
+are trained for less than one epoch on the source code of Python's standard library, as
+in [the demo](llama.md); the masked autoencoder is that of [its demo](mae.md).
+
+All arms are tuned on the same grid (exceptions are listed) with seed {tuning}: at all
+of its points, or, where it says "one setting at a time", first the learning rate, with
+the other setting at the first value listed, then the other setting at the best rate,
+and so on until the best point does not change. The best point is that of the lowest
+validation loss; the grids are coarse, so a better one may lie between two of their
+points. Each arm is trained again at its best point with other seeds for the weights and
+the data order, because the best of many runs is partly luck. Where a row says "at the
+settings of" the other arm, only the optimizer was changed.
 
 A difference is the final validation loss (or the named score) of the arm minus that of
 the arm it is compared with, so that a negative difference of losses is better. It is
@@ -95,7 +100,7 @@ def draw(results_dir: Path = RESULTS, page: Path = DOCS / "results.md") -> None:
         lines += _section(name, QUESTIONS[name], histories, results_dir)
     lines += [
         *_sizes(answers, results_dir),
-        *_lasting(answers, results_dir),
+        *_by_step(answers, results_dir),
         *_times(answers),
     ]
     if missing:
@@ -203,7 +208,7 @@ def _at_best(answers: Answers) -> list[tuple[str, Comparison]]:
 
 
 def _summary(answers: Answers) -> list[str]:
-    """Summarize the comparisons."""
+    """Write the section that lists all comparisons."""
     rows = [
         [
             f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})",
@@ -261,7 +266,7 @@ def _better_variants(answers: Answers) -> list[str]:
         for size, verdict in zip(counts, verdicts, strict=True)
         if title not in better and verdict[title] == "better"
     ]
-    lines = [
+    return [
         f"**Variants that end lower than the published rule at both {sizes} "
         f"parameters, with intervals that exclude zero: {', '.join(better) or 'none'}."
         "**",
@@ -269,7 +274,6 @@ def _better_variants(answers: Answers) -> list[str]:
         + f" Lower at one of them: {', '.join(once)}." * bool(once),
         "",
     ]
-    return lines
 
 
 def _anchor(title: str) -> str:
@@ -410,7 +414,7 @@ def _change_with_size(
     """Compare the differences at two sizes."""
     if at_small.diverged or at_large.diverged:
         return []
-    found = change(at_small, at_large)
+    found = difference_of_differences(at_small, at_large)
     verdict = "; no change seen" * (found.low <= 0 <= found.high)
     return [
         f"The difference at {large:,} parameters minus that at {small:,}, with Welch's "
@@ -419,7 +423,7 @@ def _change_with_size(
     ]
 
 
-def _lasting(answers: Answers, results_dir: Path) -> list[str]:
+def _by_step(answers: Answers, results_dir: Path) -> list[str]:
     """Write the section about differences during training, and draw its figure."""
     compared = [
         (name, c)
@@ -429,7 +433,7 @@ def _lasting(answers: Answers, results_dir: Path) -> list[str]:
     ]
     if not compared:
         return []
-    plot_during(compared, results_dir / "during.png")
+    plot_differences_by_step(compared, results_dir / "during.png")
     rows = [
         [
             f"`{name}`",
@@ -460,9 +464,9 @@ def _lasting(answers: Answers, results_dir: Path) -> list[str]:
 
 
 def _at_shares(comparison: Comparison) -> list[Interval]:
-    during = comparison.during
-    last = max(during)
-    return [mean_interval(during[round(share * last)]) for share in _SHARES]
+    by_step = comparison.differences_by_step
+    last = max(by_step)
+    return [mean_interval(by_step[round(share * last)]) for share in _SHARES]
 
 
 def _times(answers: Answers) -> list[str]:

@@ -264,12 +264,13 @@ QUESTIONS: dict[str, Question] = {
         {"learning_rate": ("0.004", "0.008", "0.016")},
         _FAMILY,
         drop_in=False,
-        note="The eleven variants, which [Rules](rules.md) defines, are compared with "
+        note="The variants, which [Rules](rules.md) defines, are compared with "
         "cautious AdamW, the published rule, and with AdamW. If none of them differed "
-        "from the published rule, and the comparisons were independent, 43% of such "
-        "tables would still have an interval that excludes zero. The optimizer is "
-        "applied to each layer separately: `alignment: tree` is the inner product over "
-        "a layer, and over all parameters outside the layers.",
+        "from the published rule, and the comparisons were independent, "
+        f"{1 - 0.95 ** (len(_FAMILY) - 2):.0%} of such tables would still have an "
+        "interval that excludes zero. The optimizer is applied to each layer "
+        "separately, so `alignment: tree` has an inner product for each layer, and one "
+        "for all other parameters.",
     ),
     "rule": Question(
         "Which part of the rule matters in a larger Llama?",
@@ -283,7 +284,7 @@ QUESTIONS: dict[str, Question] = {
         ),
         drop_in=False,
         note="The two variants are those that end lower than the published rule in "
-        "the smaller Llama. AdamW is best with b1 0.8, where b1 is tuned.",
+        "the smaller Llama. Where b1 is tuned, AdamW is best with 0.8.",
     ),
     "decay": Question(
         "Does cautious weight decay help, alone and with caution?",

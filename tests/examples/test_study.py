@@ -1,6 +1,8 @@
 """The study: its files, its tuning, and the page generated from them."""
 
+import re
 import shutil
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,8 @@ for _module in ("grain", "orbax.checkpoint", "matplotlib", "tyro"):
     pytest.importorskip(_module, reason="needs the extra [examples]")
 
 # ruff: noqa: E402
+
+import scipy.stats
 
 from benchmarks.study import outcomes, page, records
 from benchmarks.study import run as study_run
@@ -506,6 +510,69 @@ def test_variants_that_are_better_at_all_sizes_come_first(tmp_path, monkeypatch)
     text = draw([2.6, 2.9])
     assert f"{zero}: none.**" in text
     assert "Lower at one of them: follow (1,068,928)." in text
+
+
+def test_differences_at_each_step_are_paired_by_seed():
+    def comparison(losses):
+        """Compare runs with these final losses; the other's are 3.0, 3.1 and 3.3."""
+        arm, other = QUESTION.arms[1], QUESTION.arms[0]
+        own, others = (
+            tuple(
+                History(
+                    Run(arm.side, (), seed),
+                    (),
+                    (Evaluation(300, loss + seed, 0.5), Evaluation(600, loss, 0.5)),
+                    (),
+                )
+                for seed, loss in enumerate(of_arm)
+            )
+            for arm, of_arm in ((arm, losses), (other, (3.0, 3.1, 3.3)))
+        )
+        return outcomes.Comparison(arm, other, own, others[::-1], False, "")
+
+    first, second = comparison((2.9, 3.0, 3.1)), comparison((3.0, 3.3, 3.8))
+    by_step = second.differences_by_step
+    assert {step: sorted(values) for step, values in by_step.items()} == {
+        step: pytest.approx([0.0, 0.2, 0.5]) for step in (300, 600)
+    }
+    # Welch's interval by its formula, with t of 2.62 degrees of freedom.
+    found = outcomes.difference_of_differences(first, second)
+    variances = [statistics.variance(c.differences) / 3 for c in (first, second)]
+    freedom = sum(variances) ** 2 / sum(v**2 / 2 for v in variances)
+    half = scipy.stats.t.ppf(0.975, freedom) * sum(variances) ** 0.5
+    mean = 0.7 / 3 + 0.4 / 3
+    assert found == pytest.approx((mean, mean - half, mean + half))
+
+
+def test_headlines_are_results():
+    """Each difference that the documents name is a row of the results."""
+    rows = (DOCS / "results.md").read_text().splitlines()
+    sentence = re.compile(
+        r"(\d\.\d{3})\s+lower(?:[^()]*\((?:95%\s+interval\s+)?(\d\.\d{3}) to "
+        r"(\d\.\d{3})\)(?:[^.;]*?(\d\.\d\d)\s+times\s+as\s+fast)?)?"
+    )
+    for name, count in (
+        ("../README.md", 3),
+        ("index.md", 3),
+        ("usage.md", 1),
+        ("mae.md", 1),
+    ):
+        path = DOCS / name
+        found = sentence.findall(path.read_text())
+        assert len(found) == count, path
+        for mean, low, high, ratio in found:
+            values = [
+                [float(x) for x in re.findall(r"[-+]\d\.\d{4}", row)] for row in rows
+            ]
+            matching = [
+                row
+                for row, of_row in zip(rows, values)
+                if len(of_row) == 3
+                and f"{abs(of_row[0]):.3f}" == mean
+                and (not low or {f"{abs(x):.3f}" for x in of_row[1:]} == {low, high})
+                and f" {ratio}" in row
+            ]
+            assert matching, (path, mean, low, high, ratio)
 
 
 def test_the_page_is_that_of_the_files(tmp_path):

@@ -694,6 +694,12 @@ def test_a_full_disk_is_reported_once(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_cautious_decay_without_decay_is_rejected(config, tmp_path):
+    arguments = as_arguments(config, tmp_path, tmp_path / "run")
+    with pytest.raises(SystemExit, match=r"^error: cautious_decay has no effect with"):
+        run_command("train", [*arguments, "--cautious-decay"])
+
+
 # Traces
 
 
