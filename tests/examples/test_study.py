@@ -535,6 +535,7 @@ def test_differences_at_each_step_are_paired_by_seed():
     assert {step: sorted(values) for step, values in by_step.items()} == {
         step: pytest.approx([0.0, 0.2, 0.5]) for step in (300, 600)
     }
+    assert sorted(second.differences) == pytest.approx([0.0, 0.2, 0.5])
     # Welch's interval by its formula, with t of 2.62 degrees of freedom.
     found = outcomes.difference_of_differences(first, second)
     variances = [statistics.variance(c.differences) / 3 for c in (first, second)]
