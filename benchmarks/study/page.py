@@ -75,9 +75,9 @@ settings of" the other arm, only the optimizer was changed.
 A difference is the final validation loss (or the named score) of the arm minus that of
 the arm it is compared with, so that a negative difference of losses is better. It is
 the mean over the seeds, paired, with Student's 95% interval; if this includes zero, the
-table says "no difference seen", and the figure shows it in grey. The ratio of steps is the number of steps of the other
-arm divided by the number that this arm needs to reach the other's final loss,
-interpolated between evaluations.
+table says "no difference seen", and the figure shows it in grey. The ratio of steps is
+the number of steps of the other arm divided by the number that this arm needs to reach
+the other's final loss, interpolated between evaluations.
 """
 
 

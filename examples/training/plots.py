@@ -155,7 +155,8 @@ def _plot_arrow(axes: Axes, base: Group | None, cautious: Group | None) -> None:
 def _plot_final_losses(
     axes: Axes, histories: Sequence[History], name: str, values: Sequence[str]
 ) -> None:
-    for side, (color, line) in _colors(histories).items():
+    sides = _colors(histories)
+    for number, (side, (color, line)) in enumerate(sides.items()):
         at: dict[int, list[float]] = {}
         for (own, point), seeds in group(histories).items():
             value = dict(point).get(name)
@@ -164,10 +165,12 @@ def _plot_final_losses(
         if not at:
             continue
         places = sorted(at)
+        # Side by side, so that the bars of different sides do not overlap.
+        shift = 0.03 * (number - (len(sides) - 1) / 2)
         means = np.array([statistics.fmean(at[i]) for i in places])
         ends = [[f(at[i]) for i in places] for f in (min, max)]
         axes.errorbar(
-            places,
+            [place + shift for place in places],
             means,
             yerr=np.abs(np.array(ends) - means),
             fmt=f"o{line}",

@@ -51,7 +51,7 @@ def table(
         *scores,
         "seconds per step",
         "aligned fraction",
-        "ratio of steps",
+        *["ratio of steps"] * _has_curves(histories),
     )
     rows: list[Sequence[str]] = []
     for (side, point), seeds in groups.items():
@@ -77,9 +77,8 @@ def table(
         base = base_of(seeds, groups) if side.caution else None
         values = dict(point)
         settings = [values.get(name, "") for name in names]
-        rows.append(
-            [*settings, side.title, *cells, _ratio(base, seeds) if base else ""]
-        )
+        ratio = _ratio(base, seeds) if base else ""
+        rows.append([*settings, side.title, *cells, ratio][: len(header)])
     return markdown_table(rows, header)
 
 
@@ -263,15 +262,18 @@ def text(histories: Sequence[History], configs: Sequence[TrainConfig[Any]]) -> s
     batches = _any_of(task.describe() for task in _tasks(configs))
     seeds = sorted({history.run.seed for history in histories})
     differences = score_differences(histories)
+    ratio = (
+        " Ratio of steps: the steps of the run divided by those that the cautious "
+        "optimizer needs to reach the final validation loss of its base, with the same "
+        "settings and seed."
+    )
     of_seeds = f"seed {seeds[0]}"
     if len(seeds) > 1:
         of_seeds = f"seeds {', '.join(map(str, seeds))} (mean and range over the seeds)"
     return "\n".join(
         [
-            f"{parameters} parameters, {steps} steps of {batches}, {of_seeds}. Ratio "
-            "of steps: the steps of the run divided by those that the cautious "
-            "optimizer needs to reach the final validation loss of its base, with the "
-            "same settings and seed.",
+            f"{parameters} parameters, {steps} steps of {batches}, {of_seeds}."
+            + ratio * _has_curves(histories),
             "",
             table(histories, task.metrics),
             "",
@@ -280,6 +282,10 @@ def text(histories: Sequence[History], configs: Sequence[TrainConfig[Any]]) -> s
             *[differences, ""] * bool(differences),
         ]
     )
+
+
+def _has_curves(histories: Sequence[History]) -> bool:
+    return any(history.has_curve for history in histories)
 
 
 def _tasks(configs: Sequence[TrainConfig[Any]]) -> list[Task]:
