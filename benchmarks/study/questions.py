@@ -116,7 +116,10 @@ _LARGER: Grid = {
     "learning_rate": ("0.0005", "0.001", "0.0015", "0.002", "0.004"),
     "b1": ("0.8", "0.6", "0.9"),
 }
-_LARGER_ARMS = (_ADAMW, replace(_CAUTIOUS, grid={"b1": ("0.95", "0.9", "0.98")}))
+_LARGER_ARMS = (
+    _ADAMW,
+    replace(_CAUTIOUS, grid={"b1": ("0.95", "0.9", "0.98", "0.8")}),
+)
 _FROM_SMALLER = (
     "Tuning starts at the value of b1 that is best for each arm, or tied with the "
     "best, in the Llama of 1 million parameters."
