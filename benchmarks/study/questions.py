@@ -118,7 +118,7 @@ _LARGER: Grid = {
 }
 _LARGER_ARMS = (
     _ADAMW,
-    replace(_CAUTIOUS, grid={"b1": ("0.95", "0.9", "0.98", "0.8")}),
+    replace(_CAUTIOUS, grid={"b1": ("0.95", "0.9", "0.98", "0.8", "0.6")}),
 )
 _FROM_SMALLER = (
     "Tuning starts at the value of b1 that is best for each arm, or tied with the "
@@ -150,6 +150,27 @@ _FAMILY = (
     _variant("alignment: tree", alignment="tree"),
 )
 """AdamW, the published rule, and its variants."""
+
+
+def _decay_arms(adamw: Arm) -> tuple[Arm, ...]:
+    """Build the arms with and without caution, and with and without cautious decay."""
+    cautious_decay = {"cautious_decay": "true"}
+    return (
+        adamw,
+        replace(
+            adamw,
+            title="AdamW, cautious decay",
+            settings=cautious_decay,
+            against=(adamw.title,),
+        ),
+        _CAUTIOUS,
+        Arm(
+            "cautious AdamW, cautious decay",
+            _CAUTIOUS.side,
+            cautious_decay,
+            against=(_CAUTIOUS.title, adamw.title),
+        ),
+    )
 
 
 def _after(pretrained: str, caution: bool, against: tuple[str, ...]) -> Arm:
@@ -218,7 +239,7 @@ QUESTIONS: dict[str, Question] = {
         _LLAMA,
         {
             "learning_rate": ("0.004", "0.008", "0.016", "0.032"),
-            "b1": (*_B1, "0.6", "0.4"),
+            "b1": (*_B1, "0.6", "0.4", "0.2"),
         },
         (
             *_with_and_without("muon"),
@@ -293,24 +314,18 @@ QUESTIONS: dict[str, Question] = {
         "Does cautious weight decay help, alone and with caution?",
         _LLAMA,
         {"learning_rate": _OF_DEMO, "weight_decay": ("0.1", "0.5", "1", "2")},
-        (
-            _LOWER_RATES,
-            replace(
-                _LOWER_RATES,
-                title="AdamW, cautious decay",
-                settings={"cautious_decay": "true"},
-                against=(_ADAMW.title,),
-            ),
-            _CAUTIOUS,
-            Arm(
-                "cautious AdamW, cautious decay",
-                _CAUTIOUS.side,
-                {"cautious_decay": "true"},
-                against=(_CAUTIOUS.title, _ADAMW.title),
-            ),
-        ),
+        _decay_arms(_LOWER_RATES),
         one_at_a_time=True,
         drop_in=False,
+    ),
+    "decay-1": Question(
+        "Does cautious weight decay help at a large decay?",
+        _with_rule(LLAMA["demo"], weight_decay=1.0),
+        {"learning_rate": (_RATES[0], *_OF_DEMO)},
+        _decay_arms(_ADAMW),
+        drop_in=False,
+        note="The decay is ten times the best one of the section above, so that it "
+        "matters in a short run.",
     ),
 }
 """The questions by name, in the order of the page."""
