@@ -60,7 +60,7 @@ def plot_differences_by_step(
             evaluated at the same steps and did not diverge.
         path: the file to write.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     panel = figure.subplots()
     late: list[float] = []
     for name, comparison in compared:
@@ -76,7 +76,7 @@ def plot_differences_by_step(
     panel.xaxis.set_major_formatter(PercentFormatter(1.0))
     panel.set_xlabel("steps")
     panel.set_ylabel("difference in validation loss")
-    panel.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside right center")
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -394,9 +394,10 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
         "## Does the effect grow or shrink with model size?",
         "",
         "All sizes see the same text, tokens and steps, so larger models see fewer "
-        "tokens per parameter. None is trained for as long as is usual for its size, "
-        "and models in use are at least a hundred times larger: these runs cannot tell "
-        "whether the difference persists there. Each triangle marks a seed with which "
+        "tokens per parameter, which by itself may change the difference. None is "
+        "trained for as long as is usual for its size, and models in use are at least "
+        "a hundred times larger: these runs cannot tell whether the difference "
+        "persists there. Each triangle marks a seed with which "
         "cautious AdamW did not reach AdamW's final loss. The grids of the sizes "
         "differ; the sections above list them.",
         "",

@@ -547,33 +547,40 @@ def test_differences_at_each_step_are_paired_by_seed():
 
 def test_headlines_are_results():
     """Each difference that the documents name is a row of the results."""
-    rows = (DOCS / "results.md").read_text().splitlines()
-    sentence = re.compile(
-        r"(\d\.\d{3})\s+lower(?:[^()]*\((?:95%\s+interval\s+)?(\d\.\d{3}) to "
-        r"(\d\.\d{3})\)(?:[^.;]*?(\d\.\d\d)\s+times\s+as\s+fast)?)?"
+    rows = [
+        (row, [float(number) for number in re.findall(r"[-+]\d\.\d{4}", row)])
+        for row in (DOCS / "results.md").read_text().splitlines()
+    ]
+    interval = r"\s+\((?:95%\s+interval\s+)?(NUMBER) to (NUMBER)\)"
+    in_text = (
+        rf"(NUMBER)\s+lower(?:[^()]*?{interval}"
+        r"(?:[^.;]*?(\d\.\d\d)\s+times\s+as\s+fast)?)?"
+    ).replace("NUMBER", r"\d\.\d{3}")
+    in_table = rf"\| (NUMBER){interval} \| (\d\.\d\d)?".replace(
+        "NUMBER", r"[-+]\d\.\d{3}"
     )
-    for name, count in (
-        ("../README.md", 4),
-        ("index.md", 4),
-        ("usage.md", 2),
-        ("mae.md", 1),
+    for name, pattern, count in (
+        ("../README.md", in_table, 6),
+        ("index.md", in_table, 6),
+        ("usage.md", in_text, 2),
+        ("mae.md", in_text, 1),
     ):
-        path = DOCS / name
-        found = sentence.findall(path.read_text())
-        assert len(found) == count, path
+        found = re.findall(pattern, (DOCS / name).read_text())
+        assert len(found) == count, name
         for mean, low, high, ratio in found:
-            values = [
-                [float(x) for x in re.findall(r"[-+]\d\.\d{4}", row)] for row in rows
-            ]
+            signed = mean[0] in "-+"
             matching = [
                 row
-                for row, of_row in zip(rows, values)
-                if len(of_row) == 3
-                and f"{abs(of_row[0]):.3f}" == mean
-                and (not low or {f"{abs(x):.3f}" for x in of_row[1:]} == {low, high})
+                for row, numbers in rows
+                for first, *ends in [
+                    [f"{x:+.3f}" if signed else f"{abs(x):.3f}" for x in numbers]
+                    or [""]
+                ]
+                if first == mean
+                and ({low, high} == {*ends} or not low)
                 and f" {ratio}" in row
             ]
-            assert matching, (path, mean, low, high, ratio)
+            assert matching, (name, mean, low, high, ratio)
 
 
 def test_the_page_is_that_of_the_files(tmp_path):
