@@ -52,7 +52,7 @@ def cautious_adamw(
     Args:
       learning_rate: scalar or schedule; for this and all arguments up to
         `nesterov` see :func:`optax.adamw`.
-      b1: decay rate of the first moment. With caution, 0.95 is worth a try.
+      b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       eps: added to the denominator outside the square root.
       eps_root: added to the denominator inside the square root.

@@ -583,6 +583,18 @@ def test_headlines_are_results():
             assert matching, (name, mean, low, high, ratio)
 
 
+@pytest.mark.parametrize("name", ["size-0.3m", "adamw", "size-4m", "mae"])
+def test_b1_can_stay(name):
+    """As "What to set" says, b1 0.9 is within 0.005 of the best for cautious AdamW."""
+    lowest = {}
+    for history in records.read(DOCS / "results" / f"{name}.csv"):
+        if history.run.side.caution and history.run.seed == TUNING_SEED:
+            b1 = dict(history.run.point)["b1"]
+            lowest[b1] = min(history.final_loss, lowest.get(b1, float("inf")))
+    assert len(lowest) >= 4
+    assert lowest["0.9"] <= min(lowest.values()) + 0.005
+
+
 def test_the_page_is_that_of_the_files(tmp_path):
     for path in (DOCS / "results").glob("*.csv"):
         shutil.copy(path, tmp_path)
