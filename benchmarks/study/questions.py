@@ -283,7 +283,7 @@ QUESTIONS: dict[str, Question] = {
         "task, `package`.",
     ),
     "rule-0.3m": Question(
-        "Which part of the rule matters?",
+        "Which part of the rule matters? 0.35 million parameters",
         _SMALL,
         {"learning_rate": ("0.004", "0.008", "0.016")},
         _FAMILY,
@@ -297,7 +297,7 @@ QUESTIONS: dict[str, Question] = {
         "for all other parameters.",
     ),
     "rule": Question(
-        "Which part of the rule matters in a larger Llama?",
+        "Which part of the rule matters? 1 million parameters",
         _LLAMA,
         {"learning_rate": _OF_DEMO},
         (
@@ -307,8 +307,8 @@ QUESTIONS: dict[str, Question] = {
             *_OPPOSED,
         ),
         drop_in=False,
-        note="The two variants are those that end lower than the published rule in "
-        "the smaller Llama. Where b1 is tuned, AdamW is best with 0.8.",
+        note="The two variants are those that end lower than the published rule with "
+        "0.35 million parameters. Where b1 is tuned, AdamW is best with 0.8.",
     ),
     "decay": Question(
         "Does cautious weight decay help, alone and with caution?",
