@@ -324,8 +324,8 @@ QUESTIONS: dict[str, Question] = {
         {"learning_rate": (_RATES[0], *_OF_DEMO)},
         _decay_arms(_ADAMW),
         drop_in=False,
-        note="The decay is ten times the best one of the section above, so that it "
-        "matters in a short run.",
+        note="The decay is ten times that of the paper, so that it matters in a short "
+        "run.",
     ),
 }
 """The questions by name, in the order of the page."""
