@@ -14,8 +14,9 @@ for _module in ("grain", "orbax.checkpoint", "matplotlib", "tyro"):
 # ruff: noqa: E402
 
 import scipy.stats
+from matplotlib.figure import Figure
 
-from benchmarks.study import outcomes, page, records
+from benchmarks.study import figures, outcomes, page, records
 from benchmarks.study import run as study_run
 from benchmarks.study.questions import (
     QUESTIONS,
@@ -543,6 +544,37 @@ def test_differences_at_each_step_are_paired_by_seed():
     half = scipy.stats.t.ppf(0.975, freedom) * sum(variances) ** 0.5
     mean = 0.7 / 3 + 0.4 / 3
     assert found == pytest.approx((mean, mean - half, mean + half))
+
+
+def test_a_diverged_run_has_no_mark_in_the_figure_of_sizes(tmp_path, monkeypatch):
+    drawn = []
+
+    class Recorded(Figure):
+        def savefig(self, *args, **kwargs):
+            drawn.append(self)
+
+    monkeypatch.setattr(figures, "Figure", Recorded)
+    arm, other = QUESTION.arms[1], QUESTION.arms[0]
+
+    def marks(diverged_at):
+        own, others = (
+            tuple(
+                History(
+                    Run(of_arm.side, (), seed),
+                    (),
+                    (Evaluation(300, 3.5, 0.5), Evaluation(600, loss, 0.5)),
+                    (),
+                    diverged_at if of_arm is arm and seed == 1 else None,
+                )
+                for seed in (1, 2)
+            )
+            for of_arm, loss in ((arm, 2.9), (other, 3.0))
+        )
+        comparison = outcomes.Comparison(arm, other, own, others, False, "")
+        figures.plot_sizes([(10**6, comparison)], tmp_path / "sizes.png")
+        return sum(line.get_marker() in ("o", "v") for line in drawn[-1].axes[1].lines)
+
+    assert (marks(None), marks(600)) == (2, 0)
 
 
 def test_headlines_are_results():
