@@ -112,18 +112,6 @@ _LOWER_RATES = replace(
 """AdamW for the demo's model, where its best rate at b1 0.9 is lower than caution's."""
 _SMALL = _sized(64, 172, 2, 2, 1)
 _B1 = ("0.9", "0.8", "0.95")
-_LARGER: Grid = {
-    "learning_rate": ("0.0005", "0.001", "0.0015", "0.002", "0.004"),
-    "b1": ("0.8", "0.6", "0.9"),
-}
-_LARGER_ARMS = (
-    _ADAMW,
-    replace(_CAUTIOUS, grid={"b1": ("0.95", "0.9", "0.98", "0.8", "0.6")}),
-)
-_FROM_SMALLER = (
-    "Tuning starts at the value of b1 that is best for each arm, or tied with the "
-    "best, in the Llama of 1 million parameters."
-)
 
 _OPPOSED = (
     _variant("opposed weight 0.25", opposed_weight="0.25"),
@@ -206,21 +194,35 @@ QUESTIONS: dict[str, Question] = {
     "size-4m": Question(
         "A Llama of 4 million parameters",
         _sized(256, 688, 4, 8, 4),
-        _LARGER,
-        _LARGER_ARMS,
+        {
+            "learning_rate": ("0.0005", "0.001", "0.0015", "0.002", "0.004"),
+            "b1": ("0.8", "0.6", "0.9"),
+        },
+        (
+            _ADAMW,
+            replace(_CAUTIOUS, grid={"b1": ("0.95", "0.9", "0.98", "0.8", "0.6")}),
+        ),
         one_at_a_time=True,
         drop_in=False,
-        note=_FROM_SMALLER,
+        note="Tuning starts at the value of b1 that is best for each arm, or tied with "
+        "the best, in the Llama of 1 million parameters.",
     ),
     "size-9m": Question(
         "A Llama of 9 million parameters",
         _sized(384, 1032, 5, 8, 4),
-        {**_LARGER, "learning_rate": ("0.0005", "0.001", "0.0015", "0.002")},
-        _LARGER_ARMS,
+        {
+            "learning_rate": ("0.0005", "0.001", "0.0015", "0.002"),
+            "b1": ("0.8", "0.6", "0.9"),
+        },
+        (
+            _ADAMW,
+            replace(_CAUTIOUS, grid={"learning_rate": ("0.001", "0.0015", "0.002")}),
+        ),
         one_at_a_time=True,
         drop_in=False,
         seeds=(1, 2, 3),
-        note=_FROM_SMALLER,
+        note="Tuning starts at the value of b1 that is best for both arms in the Llama "
+        "of 4 million parameters.",
     ),
     "lion": Question(
         "Does caution help Lion?",
