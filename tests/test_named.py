@@ -31,9 +31,14 @@ def params_for(kwargs: dict) -> dict:
 
 
 def gradients(params: dict, steps: int) -> list[dict]:
+    """Draw normal numbers, except for a zero in each leaf."""
     keys = jax.random.split(jax.random.key(1), steps)
     return [
-        {k: jax.random.normal(key, x.shape) for k, x in params.items()} for key in keys
+        {
+            k: jax.random.normal(key, x.shape).at[(0,) * x.ndim].set(0)
+            for k, x in params.items()
+        }
+        for key in keys
     ]
 
 
@@ -114,10 +119,10 @@ def test_checkpoints_restore_both_ways(name, tmp_path):
 @pytest.mark.parametrize("name", DECAYING)
 def test_decay_is_outside_the_mask(name):
     """If the gradient opposes the momentum everywhere, only decay moves weights."""
-    params = {"w": jnp.ones((4, 4)) + jnp.eye(4), "b": jnp.arange(1.0, 5.0)}
+    params = {"w": jnp.ones((3, 4)) + jnp.eye(3, 4), "b": jnp.arange(1.0, 6.0)}
     tx = make(name, 1e-2, **NAMED[name].decayed)
     state = tx.init(params)
-    first = {"w": jnp.eye(4) + 1, "b": jnp.ones(4)}
+    first = {"w": jnp.eye(3, 4) + 1, "b": jnp.ones(5)}
     _, state = tx.update(first, state, params)
     opposed = jax.tree.map(lambda g: -1e-6 * g, first)
     updates, _ = tx.update(opposed, state, params)
@@ -142,13 +147,9 @@ def by_default(name: str):
 @pytest.mark.parametrize(
     "caution",
     [
-        {"opposed_weight": -0.3, "renormalize": None},
-        {"renormalize": "plus_one", "mask": BIASES},
-        {"min_fraction": 0.9},
-        {"neutral": "follow"},
-        {"neutral": "ignore", "opposed_weight": 0.1},
-        {"stacked": {"w": 1, "b": 0}},
-        {"alignment": "leaf", "opposed_weight": 0.1},
+        {"opposed_weight": -0.3, "renormalize": "plus_one", "mask": BIASES},
+        {"min_fraction": 0.9, "neutral": "follow"},
+        {"stacked": {"w": 1, "b": 0}, "neutral": "ignore", "opposed_weight": 0.1},
         {"alignment": "tree", "opposed_weight": 0.1},
     ],
     ids=str,
@@ -161,17 +162,13 @@ def test_the_caution_keywords_are_forwarded(name, caution):
     renamed = {k.replace("mask", "caution_mask"): v for k, v in caution.items()}
     actual, _ = run(make(name, 1e-2, **renamed), params)
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
-    default = by_default(name)
-    zeros = {"neutral": "follow"}  # no difference for gradients without zeros
-    assert caution == zeros or not jnp.allclose(default["w"], actual["w"], rtol=1e-5)
+    assert not jnp.allclose(by_default(name)["w"], actual["w"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("decays", [False, True])
-def test_monitor_reports_the_tree_wide_fraction(name, decays):
+def test_monitor_reports_the_tree_wide_fraction(name):
     params = params_for({})
-    kwargs = (NAMED[name].decayed or {}) if decays else {}
-    tx = make(name, 1e-2, **kwargs, monitor=True)
+    tx = make(name, 1e-2, **(NAMED[name].decayed or {}), monitor=True)
     state = tx.init(params)
     assert optax.tree.get(state, "aligned_fraction") == 0.0
     for grads in gradients(params, 3):
@@ -215,8 +212,11 @@ def test_inject_hyperparams(name):
     np.testing.assert_allclose(state.hyperparams["min_fraction"], 1e-3)
 
 
-@pytest.mark.parametrize("rate", [-1e-2, np.float32(-1e-2)])
-@pytest.mark.parametrize("name", NAMED)
+# Only Adafactor looks at its learning rate.
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [*((name, -1e-2) for name in NAMED), ("adafactor", np.float32(-1e-2))],
+)
 def test_a_negative_learning_rate_climbs(name, rate):
     params = params_for({})
     tx = make(name, rate)
@@ -229,8 +229,14 @@ def test_a_negative_learning_rate_climbs(name, rate):
         )
 
 
-@pytest.mark.parametrize("rate", [1e-2, np.float32(1e-2), jnp.float32(1e-2)], ids=type)
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        *((name, 1e-2) for name in NAMED),
+        ("adafactor", np.float32(1e-2)),
+        ("adafactor", jnp.float32(1e-2)),
+    ],
+)
 def test_it_can_be_built_under_jit(name, rate):
     params = params_for({})
 
@@ -245,7 +251,7 @@ def test_it_can_be_built_under_jit(name, rate):
     chex.assert_trees_all_close(jax.jit(step)(params, rate), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "complex64"])
 def test_inject_hyperparams_in_the_parameters_dtype(dtype):
     """Optax casts every number to the dtype of the parameters."""
     params = {"w": jnp.ones(3, dtype)}
@@ -253,9 +259,9 @@ def test_inject_hyperparams_in_the_parameters_dtype(dtype):
         LEARNING_RATE, opposed_weight=0.5
     )
     state = tx.init(params)
-    for update in (tx.update, jax.jit(tx.update)):
-        updates, _ = update(params, state, params)
-        assert updates["w"].dtype == dtype
+    updates, _ = tx.update(params, state, params)
+    traced, _ = jax.eval_shape(tx.update, params, state, params)
+    assert updates["w"].dtype == traced["w"].dtype == dtype
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -263,7 +269,7 @@ def test_a_callable_equinox_module(name):
     model = eqx.filter(eqx.nn.Linear(3, 2, key=jax.random.key(0)), eqx.is_array)
     assert callable(model)
     tx = NAMED[name].ours(1e-2)
-    updates, _ = tx.update(model, tx.init(model), model)
+    updates = jax.eval_shape(lambda x: tx.update(x, tx.init(x), x)[0], model)
     assert jax.tree.structure(updates) == jax.tree.structure(model)
 
 

@@ -29,14 +29,10 @@ TARGETS = {
         start=[0.0, 0.0],
         minimum=[1.0, 1.0],
     ),
-    "parabola": Target(
-        lambda x: jnp.sum((x - jnp.array([1.0, -1.0, 1.0])) ** 2),
-        start=[-1.0, 10.0, 1.0],
-        minimum=[1.0, -1.0, 1.0],
-    ),
+    # One coordinate starts at its minimum: its gradient is zero.
     "matrix": Target(
         lambda x: jnp.sum((x - jnp.array([[3.0, -2.0], [1.0, 4.0]])) ** 2),
-        start=[[0.0, 0.0], [0.0, 0.0]],
+        start=[[3.0, 0.0], [0.0, 0.0]],
         minimum=[[3.0, -2.0], [1.0, 4.0]],
     ),
 }
@@ -46,7 +42,7 @@ class Optimizer(NamedTuple):
     build: Callable[[], optax.GradientTransformation]
     #: The extra arguments that its update requires.
     needs: tuple[str, ...] = ()
-    #: Whether, without caution, it moves against the gradient on one of the targets.
+    #: Whether its own updates oppose the gradient on one of the targets.
     opposes: bool = True
     caution: Mapping[str, Any] = {}
     steps: int = 10_000
@@ -74,7 +70,7 @@ OPTIMIZERS = {
     "adamw": Optimizer(lambda: optax.adamw(0.1)),
     "adan": Optimizer(lambda: optax.adan(0.1)),
     "amsgrad": Optimizer(lambda: optax.amsgrad(0.1)),
-    "fromage": Optimizer(lambda: optax.fromage(5e-3)),
+    "fromage": Optimizer(lambda: optax.fromage(5e-3), opposes=False),
     "lamb": Optimizer(lambda: optax.lamb(1e-3)),
     "lars": Optimizer(lambda: optax.lars(1.0)),
     # For lbfgs with its line search, see test_lbfgs_with_a_line_search.
@@ -176,7 +172,6 @@ def _exported() -> set[str]:
 
 
 NAMES = [name for name in OPTIMIZERS if hasattr(optax, name) or hasattr(contrib, name)]
-OPPOSING = [name for name in NAMES if OPTIMIZERS[name].opposes]
 
 
 class WatchedState(NamedTuple):
@@ -255,35 +250,31 @@ def test_every_optimizer_is_covered():
     assert not OPTIMIZERS.keys() & EXCLUDED.keys()
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("name", NAMES)
-def test_never_moves_against_the_gradient_and_converges(name, target):
-    build, needs, _, caution, steps = OPTIMIZERS[name]
-    tx = _watched(with_caution(build(), **caution))
-    params, state = _minimize(tx, target, needs, steps)
-    assert _opposed(state) == 0
-    _assert_minimized(params, target)
-
-
-@pytest.mark.parametrize("name", OPPOSING)
-def test_moves_against_the_gradient_without_caution(name):
-    build, needs, _, _, steps = OPTIMIZERS[name]
-    assert any(
-        _opposed(_minimize(_watched(build()), target, needs, steps)[1])
-        for target in TARGETS.values()
-    )
+def test_never_moves_against_the_gradient_and_converges(name):
+    build, needs, opposes, caution, steps = OPTIMIZERS[name]
+    tx = _watched(with_caution(_watched(build()), **caution))
+    opposed = 0
+    for target in TARGETS.values():
+        params, state = _minimize(tx, target, needs, steps)
+        assert state.opposed == 0
+        _assert_minimized(params, target)
+        opposed += state.inner.opposed
+    assert opposed > 0 or not opposes
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_once(name):
+    """A step returns the types that it takes."""
     build, needs, _, caution, _ = OPTIMIZERS[name]
     tx = with_caution(build(), **caution)
-    step = jax.jit(_step(tx, TARGETS["matrix"], needs))
-    params = jnp.array(TARGETS["matrix"].start)
-    state = tx.init(params)
-    for _ in range(3):
-        params, state = step(params, state)
-    assert step._cache_size() == 1
+    target = TARGETS["matrix"]
+    params = jnp.array(target.start)
+    before = params, tx.init(params)
+    step = _step(tx, target, needs)
+    jaxpr, after = jax.make_jaxpr(step, return_shape=True)(*before)
+    assert jaxpr.in_avals == jaxpr.out_avals
+    assert jax.tree.structure(before) == jax.tree.structure(after)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

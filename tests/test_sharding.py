@@ -56,7 +56,7 @@ def gradients(step: int) -> dict:
 
 def gradient_descent(tx: optax.GradientTransformation, put=lambda tree: tree):
     params = put(PARAMS)
-    state = jax.jit(tx.init)(params)
+    state = tx.init(params)  # Under jit, its zeros would be replicated.
     update = jax.jit(tx.update)
     for step in range(4):
         updates, state = update(put(gradients(step)), state, params)
@@ -95,9 +95,9 @@ def test_jit_with_named_shardings_matches_one_device(name, shape):
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"muon", "adafactor"}))
 def test_the_compiled_step_gathers_no_parameter(name):
     tx = OPTIMIZERS[name]
-    shardings = {k: NamedSharding(mesh(4, 2), spec) for k, spec in SPECS.items()}
+    shardings = {k: NamedSharding(mesh(2, 4), spec) for k, spec in SPECS.items()}
     params = jax.device_put(PARAMS, shardings)
-    state = jax.jit(tx.init)(params)
+    state = tx.init(params)
     compiled = jax.jit(tx.update).lower(params, state, params).compile().as_text()
     assert "all-gather" not in compiled
     assert "all-to-all" not in compiled
@@ -128,8 +128,10 @@ def shard_mapped(rule, check_vma: bool):
     )
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("rule", SETTINGS)
+@pytest.mark.parametrize(
+    ("rule", "check_vma"),
+    [*((rule, True) for rule in SETTINGS), (SETTINGS[0], False), (SETTINGS[2], False)],
+)
 def test_shard_map_with_axis_name_matches_one_device(rule, check_vma):
     u, g = ({k: x for k, x in gradients(i).items() if k != "bias"} for i in (0, 1))
     tx = cautious(monitor=True, **rule)
@@ -139,7 +141,7 @@ def test_shard_map_with_axis_name_matches_one_device(rule, check_vma):
     np.testing.assert_allclose(fraction, state.aligned_fraction, rtol=1e-6)
 
 
-@pytest.mark.parametrize("rule", SETTINGS)
+@pytest.mark.parametrize("rule", [SETTINGS[i] for i in (0, 2, 3)])
 def test_pmap_with_axis_name_matches_one_device(rule):
     u, g = (jax.random.normal(jax.random.key(i), (8, 5, 3)) for i in (0, 1))
     tx = cautious(axis_name="shards", monitor=True, **rule)
@@ -250,8 +252,9 @@ def test_data_parallel_pmap_needs_no_axis_name():
         params, state = jax.pmap(step, axis_name="batch")(params, state, grads)
 
     single, single_state = PARAMS, tx.init(PARAMS)
+    update = jax.jit(tx.update)
     for i in range(3):
-        updates, single_state = tx.update(gradients(i), single_state, single)
+        updates, single_state = update(gradients(i), single_state, single)
         single = optax.apply_updates(single, updates)
     for device in range(8):
         chex.assert_trees_all_close(

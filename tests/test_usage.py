@@ -243,10 +243,10 @@ def parameter_free(make, needs=(), **caution):
 
 
 def only_unscaled(make):
+    """Check that it diverges; test_optimizers.py checks that it converges unscaled."""
+
     def check():
         parabola = {"loss": matrix_loss, "params": jnp.zeros((2, 2)), "steps": 30_000}
-        unscaled = with_caution(make(), renormalize=None)
-        assert descend(unscaled, **parabola) < 1e-2
         assert not descend(with_caution(make()), **parabola) < 1e2
 
     return check
