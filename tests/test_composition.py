@@ -13,7 +13,10 @@ from flax.training.train_state import TrainState
 
 from optax_cautious import cautious, cautious_adamw, provide_gradient, with_caution
 
-PARAMS = {"w": jnp.linspace(-1.0, 2.0, 12).reshape(3, 4), "b": jnp.array([1.0, -2.0])}
+PARAMS = {
+    "w": jnp.asarray(np.linspace(-1.0, 2.0, 12, dtype=np.float32).reshape(3, 4)),
+    "b": jnp.asarray(np.array([1.0, -2.0], np.float32)),
+}
 # For the same wrappers with with_caution, see test_usage.py.
 CHAIN = provide_gradient(optax.chain(optax.sgd(0.1, momentum=0.9), cautious()))
 

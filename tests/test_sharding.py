@@ -16,10 +16,14 @@ import optax_cautious
 from optax_cautious import cautious, provide_gradient
 from tests.named import NAMED, make
 
+# Made by NumPy, as every worker that imports this would compile JAX's code.
 PARAMS = {
-    "embedding": jax.random.normal(jax.random.key(0), (64, 32)),
-    "kernel": jax.random.normal(jax.random.key(1), (32, 128)),
-    "bias": jax.random.normal(jax.random.key(2), (128,)),
+    name: np.random.default_rng(0).standard_normal(shape, np.float32)
+    for name, shape in {
+        "embedding": (64, 32),
+        "kernel": (32, 128),
+        "bias": (128,),
+    }.items()
 }
 # Both axes shard the matrices; the bias is sharded over one, replicated over the other.
 SPECS = {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
@@ -15,10 +16,11 @@ from tests.named import NAMED, make
 
 
 def tree(seed: int) -> dict:
-    keys = jax.random.split(jax.random.key(seed), 2)
+    """Draw with NumPy, as every worker that imports this would compile JAX's code."""
+    rng = np.random.default_rng(seed)
     return {
-        "w": jax.random.normal(keys[0], (3, 4)),
-        "b": jax.random.normal(keys[1], (5,), jnp.bfloat16),
+        "w": jnp.asarray(rng.standard_normal((3, 4), np.float32)),
+        "b": jnp.asarray(rng.standard_normal(5, np.float32).astype(jnp.bfloat16)),
     }
 
 

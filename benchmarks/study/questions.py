@@ -211,7 +211,7 @@ QUESTIONS: dict[str, Question] = {
         "A Llama of 9 million parameters",
         _sized(384, 1032, 5, 8, 4),
         {
-            "learning_rate": ("0.0005", "0.001", "0.0015"),
+            "learning_rate": ("0.0005", "0.001", "0.0015", "0.002"),
             "b1": ("0.8", "0.6", "0.9"),
         },
         (

@@ -4,7 +4,9 @@ import ast
 import csv
 import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -112,10 +114,30 @@ def glue_config(pretrained, table, **data):
         steps=4,
         log_every=2,
         eval_every=2,
-        checkpoint_every=2,
+        checkpoint_every=4,
         mesh=(1, 1, 1),
         from_run=pretrained[0],
     )
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(pretrained, table, tmp_path_factory):
+    """Fine-tune; return the run's directory and its records."""
+    directory = tmp_path_factory.mktemp("runs") / "fine-tuned"
+    return directory, train(glue_config(pretrained, table), directory)
+
+
+@pytest.fixture(scope="module")
+def exported_once(pretrained, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("exports") / "exported"
+    export(Source(pretrained[0]), directory)
+    return directory
+
+
+@pytest.fixture
+def exported(exported_once, tmp_path):
+    """Return a copy of an exported Llama, which the test may change."""
+    return Path(shutil.copytree(exported_once, tmp_path / "exported"))
 
 
 @pytest.fixture(scope="module")
@@ -293,29 +315,28 @@ def test_the_body_is_pretrained_and_the_head_is_new(pretrained, table):
     assert (first["score"]["kernel"] != second["score"]["kernel"]).all()
 
 
-def test_fine_tuning_from_hugging_faces_format(pretrained, table, tmp_path):
-    directory = tmp_path / "exported"
-    export(Source(pretrained[0]), directory)
-    found, run = open_pretrained(directory), open_pretrained(pretrained[0])
+def test_fine_tuning_from_hugging_faces_format(
+    pretrained, exported, table, fine_tuned, tmp_path
+):
+    found, run = open_pretrained(exported), open_pretrained(pretrained[0])
     assert replace(found.model, unroll=run.model.unroll) == run.model
     assert found.end_of_document == run.end_of_document
     jax.tree.map(np.testing.assert_array_equal, found.load_params(), run.load_params())
-    config = glue_config([directory], table)
-    records = train(config, tmp_path / "run")
-    assert records == train(glue_config(pretrained, table), tmp_path / "same")
+    _, records = fine_tuned
+    assert train(glue_config([exported], table), tmp_path / "run") == records
 
 
-def test_pretraining_continues_from_hugging_faces_format(pretrained, tmp_path):
-    directory = tmp_path / "exported"
-    export(Source(pretrained[0]), directory)
+def test_pretraining_continues_from_hugging_faces_format(
+    pretrained, exported, tmp_path
+):
     config = load_trained(Source(pretrained[0]), LlamaTask).config
     task = config.task
     with pytest.raises(InputError, match=r"from: .* pass --tokenizer .*tokenizer.json"):
-        task.check_source(directory)
-    data = replace(task.data, tokenizer=str(directory / "tokenizer.json"))
-    again = replace(config, task=replace(task, data=data), from_run=directory, seed=3)
+        task.check_source(exported)
+    data = replace(task.data, tokenizer=str(exported / "tokenizer.json"))
+    again = replace(config, task=replace(task, data=data), from_run=exported, seed=3)
     train(again, tmp_path / "run")
-    params = again.task.start_from(directory, 0)
+    params = again.task.start_from(exported, 0)
     body = load_trained(Source(pretrained[0]), LlamaTask).params
     jax.tree.map(np.testing.assert_array_equal, params, body)
 
@@ -338,53 +359,47 @@ def test_pretraining_continues_from_hugging_faces_format(pretrained, tmp_path):
         ({"bos_token_id": "<s>"}, "bos_token_id in .* is <s>, which is not a token"),
     ],
 )
-def test_unsupported_models_are_refused(changes, message, pretrained, tmp_path):
-    directory = tmp_path / "exported"
-    export(Source(pretrained[0]), directory)
-    path = directory / "config.json"
+def test_unsupported_models_are_refused(changes, message, exported):
+    path = exported / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(InputError, match=f"from: .*{message}"):
-        open_pretrained(directory)
+        open_pretrained(exported)
 
 
-def test_missing_or_mismatched_tensors_are_refused(pretrained, tmp_path):
-    directory = tmp_path / "exported"
-    export(Source(pretrained[0]), directory)
-    path = directory / "config.json"
+def test_missing_or_mismatched_tensors_are_refused(pretrained, exported):
+    path = exported / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(InputError, match=r"has no tensor model.layers.2"):
-        open_pretrained(directory).load_params()
+        open_pretrained(exported).load_params()
     path.write_text(json.dumps({**config, "vocab_size": 305}))
     with pytest.raises(InputError, match=r"embed_tokens.weight in .* \(304, 32\)"):
-        open_pretrained(directory).load_params()
+        open_pretrained(exported).load_params()
     path.write_text(json.dumps(config))
-    tensors = load_file(directory / "model.safetensors")
+    tensors = load_file(exported / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
     for changes, message in (
         ({f"{name}.bias": np.zeros(32, np.float32)}, f"unexpected .* {name}.bias"),
         ({f"{name}.weight": np.zeros((32, 32), np.int8)}, "has dtype int8, which is"),
     ):
-        save_file({**tensors, **changes}, directory / "model.safetensors")
+        save_file({**tensors, **changes}, exported / "model.safetensors")
         with pytest.raises(InputError, match=message):
-            open_pretrained(directory).load_params()
-    (directory / "model.safetensors").unlink()
+            open_pretrained(exported).load_params()
+    (exported / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"model.safetensors does not exist"):
-        open_pretrained(directory).load_params()
+        open_pretrained(exported).load_params()
     for text in ("{", "[]", "{}"):
-        (directory / "model.safetensors.index.json").write_text(text)
+        (exported / "model.safetensors.index.json").write_text(text)
         with pytest.raises(InputError, match=r"index.json lists no files"):
-            open_pretrained(directory).load_params()
+            open_pretrained(exported).load_params()
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_checkpoints_as_transformers_writes_them(tied, dtype, pretrained, tmp_path):
+def test_checkpoints_as_transformers_writes_them(tied, dtype, pretrained, exported):
     """Several files, bfloat16, tied embeddings, and different constants."""
-    directory = tmp_path / "exported"
-    export(Source(pretrained[0]), directory)
     expected = open_pretrained(pretrained[0]).load_params()
-    path = directory / "config.json"
+    path = exported / "config.json"
     config = json.loads(path.read_text())
     del config["rope_theta"]
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
@@ -392,18 +407,18 @@ def test_checkpoints_as_transformers_writes_them(tied, dtype, pretrained, tmp_pa
     path.write_text(json.dumps(config))
     tensors = {
         name: jnp.asarray(x, dtype)
-        for name, x in load_file(directory / "model.safetensors").items()
+        for name, x in load_file(exported / "model.safetensors").items()
         if not (tied and name == "lm_head.weight")
     }
-    (directory / "model.safetensors").unlink()
+    (exported / "model.safetensors").unlink()
     names = sorted(tensors)
     files = {name: f"{i % 2}.safetensors" for i, name in enumerate(names)}
     for file in {*files.values()}:
         own = {name: tensors[name] for name in names if files[name] == file}
-        safetensors.flax.save_file(own, directory / file)
-    index = directory / "model.safetensors.index.json"
+        safetensors.flax.save_file(own, exported / file)
+    index = exported / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": files}))
-    found = open_pretrained(directory)
+    found = open_pretrained(exported)
     assert (found.model.rope_theta, found.model.rms_epsilon) == (500.0, 1e-3)
     params = found.load_params()
     if tied:
@@ -605,14 +620,19 @@ def test_the_steps_of_glue_presets_match_their_epochs():
 
 
 def test_fine_tuning_learns_the_first_word(pretrained, table, tmp_path):
-    config = replace(glue_config(pretrained, table), steps=120)
+    config = replace(
+        glue_config(pretrained, table),
+        steps=120,
+        log_every=120,
+        eval_every=120,
+        checkpoint_every=120,
+    )
     records = train(config, tmp_path / "run")
     assert records[-1]["scores"]["accuracy"] > 0.9
 
 
-def test_a_run_on_a_mesh_resumes_exactly(pretrained, table, tmp_path):
-    config = glue_config(pretrained, table)
-    alone = train(config, tmp_path / "alone")
+def test_a_run_on_a_mesh_resumes_exactly(pretrained, table, fine_tuned, tmp_path):
+    config, (_, alone) = glue_config(pretrained, table), fine_tuned
     on_mesh = replace(config, mesh=(2, 2, 2))
     whole = train(on_mesh, tmp_path / "whole")
     assert [r["loss"] for r in whole] == pytest.approx(
@@ -629,30 +649,28 @@ def test_a_run_on_a_mesh_resumes_exactly(pretrained, table, tmp_path):
         gone.rename(pretrained[0])
 
 
-def test_fine_tuning_from_a_fine_tuned_model(pretrained, table, tmp_path):
-    config = glue_config(pretrained, table)
-    train(config, tmp_path / "first")
-    fine_tuned = load_trained(Source(tmp_path / "first"), ClassificationTask).params
-    again = replace(config, from_run=tmp_path / "first", seed=1)
-    params = again.task.start_from(tmp_path / "first", 1)
-    jax.tree.map(np.testing.assert_array_equal, params["blocks"], fine_tuned["blocks"])
-    assert (params["score"]["kernel"] != fine_tuned["score"]["kernel"]).all()
+def test_fine_tuning_from_a_fine_tuned_model(pretrained, table, fine_tuned, tmp_path):
+    first, _ = fine_tuned
+    before = load_trained(Source(first), ClassificationTask).params
+    again = replace(glue_config(pretrained, table), from_run=first, seed=1)
+    params = again.task.start_from(first, 1)
+    jax.tree.map(np.testing.assert_array_equal, params["blocks"], before["blocks"])
+    assert (params["score"]["kernel"] != before["score"]["kernel"]).all()
     # The head is new, so that the labels may be others.
     words = [(text, label.upper()) for text, label in some_rows()]
     other = write_table(tmp_path / "other.csv", words)
     data = replace(again.task.data, data=(str(other),))
     again = replace(again, task=replace(again.task, data=data))
     assert train(again, tmp_path / "second")[-1]["step"] == 4
-    labels = [
-        (tmp_path / run / "labels.json").read_text() for run in ("first", "second")
-    ]
+    labels = [(run / "labels.json").read_text() for run in (first, tmp_path / "second")]
     assert labels[0] != labels[1]
 
 
-def test_a_comparison_resumes_without_the_pretrained_model(pretrained, table, tmp_path):
-    config = glue_config(pretrained, table)
+def test_a_comparison_resumes_without_the_pretrained_model(
+    pretrained, table, fine_tuned, tmp_path
+):
+    config, (_, whole) = glue_config(pretrained, table), fine_tuned
     run = Run(Side("adamw", True), (), 0)
-    whole = train(config, tmp_path / "whole")
     train(config, tmp_path / run.name, stop=lambda step: step == 2)
     gone = pretrained[0].with_name("gone")
     pretrained[0].rename(gone)

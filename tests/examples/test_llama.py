@@ -36,6 +36,7 @@ MODEL = ModelConfig(
     num_layers=2,
     num_heads=4,
     num_kv_heads=2,
+    unroll=1,
 )
 
 

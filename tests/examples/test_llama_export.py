@@ -58,6 +58,7 @@ MODEL = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     rope_theta=500.0,
+    unroll=1,
 )
 TASK = LlamaTask(MODEL, DataConfig(sequence_length=48, batch_size=8))
 SHAPES = {

@@ -43,6 +43,7 @@ MODEL = ModelConfig(
     num_layers=2,
     num_heads=4,
     num_kv_heads=2,
+    unroll=1,
 )
 TASK = LlamaTask(MODEL, DataConfig(sequence_length=48, batch_size=8))
 CONFIG = TrainConfig(TASK)

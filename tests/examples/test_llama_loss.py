@@ -19,6 +19,8 @@ from examples.training.modules import linear
 
 BATCH, LENGTH, FEATURES, VOCABULARY = 8, 12, 16, 40
 
+pytestmark = pytest.mark.usefixtures("little_optimization")
+
 
 def make_output(dtype):
     return linear(

@@ -485,7 +485,7 @@ import grain
 from examples.mae.workers import WorkerBatches
 
 def slow(i):
-    time.sleep(0.02)
+    time.sleep(0.005)
     return i
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Attention kernels: the choice, and splash attention interpreted on a CPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,8 @@ from examples.training.attention import (
 from examples.training.checks import InputError
 from examples.training.remat import rematerialize
 from examples.training.roofline import matrix_flops
+
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,7 @@ def test_kernels_of_other_devices_are_refused(kernel):
         attend(x, x, x, causal=True, kernel=kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def outputs(kernel, arrays, causal):
     """Compute the output, and the gradients with a random cotangent."""
     query, key, value, cotangent = arrays
@@ -90,11 +95,13 @@ def outputs(kernel, arrays, causal):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "length", "head_dim", "causal"),
-    [(4, 2, 128, 64, True), (2, 2, 256, 64, False), (2, 1, 128, 128, True)],
-)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)]
+    ("heads", "kv_heads", "length", "head_dim", "causal", "dtype", "tolerance"),
+    [
+        (4, 2, 128, 64, True, jnp.float32, 1e-5),
+        (2, 2, 256, 64, False, jnp.float32, 1e-5),
+        (2, 1, 128, 128, True, jnp.float32, 1e-5),
+        (4, 2, 128, 64, True, jnp.bfloat16, 2e-2),
+    ],
 )
 def test_splash_attention_equals_that_of_xla(
     heads, kv_heads, length, head_dim, causal, dtype, tolerance

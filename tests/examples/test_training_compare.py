@@ -546,11 +546,11 @@ def test_a_diverged_run_ends_and_the_other_continues(config, tmp_path, capsys):
 
 def test_from_the_command_line(config, tmp_path, capsys):
     data = config.task.data
-    command = f"""--optimizers lion --sweep learning_rate=1e-3 --steps 2 --eval-every 2
-        --checkpoint-every 2 --data {data.data[0]} --mesh 1 1 1
+    command = f"""--optimizers lion --sweep learning_rate=1e-3 --steps 6 --eval-every 2
+        --checkpoint-every 4 --log-every 2 --data {data.data[0]} --mesh 1 1 1
         --cache-dir {data.cache_dir} --output-dir {tmp_path / "new"}
-        --vocab-size 300 --hidden-size 32 --num-layers 1 --sequence-length 32
-        --batch-size 8 --validation-batches 2"""
+        --vocab-size 300 --hidden-size 32 --intermediate-size 48 --num-layers 1
+        --sequence-length 32 --batch-size 8 --validation-batches 2"""
     run_command("compare", command.split())
     text = capsys.readouterr().out
     assert "| 0.001           | Lion          |" in text

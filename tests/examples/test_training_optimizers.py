@@ -41,14 +41,20 @@ def make_optimizer(config, steps):
 
 # Layers
 
+
+def normal(seed, *shape):
+    """Draw with NumPy, as every worker that imports this would compile JAX's code."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 # Like the parameters of a model of two layers, but fewer and smaller.
 PARAMS = {
     "blocks": {
-        "query": {"kernel": jax.random.normal(jax.random.key(0), (2, 8, 6))},
-        "attention_norm": {"scale": jax.random.normal(jax.random.key(1), (2, 8))},
+        "query": {"kernel": normal(0, 2, 8, 6)},
+        "attention_norm": {"scale": normal(1, 2, 8)},
     },
-    "embedding": {"embedding": jax.random.normal(jax.random.key(2), (9, 8))},
-    "logits": {"kernel": jax.random.normal(jax.random.key(3), (8, 9))},
+    "embedding": {"embedding": normal(2, 9, 8)},
+    "logits": {"kernel": normal(3, 8, 9)},
 }
 DECAYS = {
     "blocks": {"query": {"kernel": True}, "attention_norm": {"scale": False}},
@@ -56,14 +62,10 @@ DECAYS = {
     "logits": {"kernel": True},
 }
 STEPS = 4
-GRADIENTS = jax.tree.map(
-    lambda leaf: jax.random.normal(jax.random.key(leaf.size), (STEPS, *leaf.shape)),
-    PARAMS,
-)
+GRADIENTS = jax.tree.map(lambda leaf: normal(leaf.size, STEPS, *leaf.shape), PARAMS)
 # The gradient is zero for tokens that are not in the batch.
-GRADIENTS["embedding"]["embedding"] = (
-    GRADIENTS["embedding"]["embedding"].at[:, :3].set(0.0).at[1:, 3:5].set(0.0)
-)
+GRADIENTS["embedding"]["embedding"][:, :3] = 0.0
+GRADIENTS["embedding"]["embedding"][1:, 3:5] = 0.0
 LAYERWISE = {
     "adamw": optax.adamw(1.0),
     "cautious_adamw": optax_cautious.cautious_adamw(1.0),
@@ -395,8 +397,9 @@ def test_caution_changes_every_optimizer(name):
             name, **options, learning_rate=1e-3, warmup_fraction=0.0, max_grad_norm=None
         )
         tx = make_optimizer(config, 100)
-        states.append(jax.tree.map(jnp.shape, tx.init(PARAMS)))
-        updates.append(layer(descend(tx, PARAMS, gradients)[1], -1))
+        states.append(jax.tree.map(jnp.shape, jax.eval_shape(tx.init, PARAMS)))
+        if not config.exempt:
+            updates.append(layer(descend(tx, PARAMS, gradients)[1], -1))
     assert states[0] == states[1] == states[2]
     with pytest.raises(AssertionError):
         close(updates[0], updates[1])

@@ -24,7 +24,8 @@ from examples.training.engine import Engine
 
 ROOT = Path(__file__).parents[2]
 
-# 4 divides all sizes except the number of key/value heads, which 2 divides.
+# 4 divides all sizes except the number of key/value heads, which 2 divides. With the
+# default of unroll, the scan over two layers would have no loop.
 MODEL = ModelConfig(
     vocab_size=304,
     hidden_size=32,
@@ -32,6 +33,7 @@ MODEL = ModelConfig(
     num_layers=2,
     num_heads=4,
     num_kv_heads=2,
+    unroll=1,
 )
 
 _TIMES = {
