@@ -418,10 +418,11 @@ def test_the_fingerprint_covers_glyphs(glyph_config, monkeypatch):
 # Batches
 
 
+@pytest.mark.parametrize("process", [(0, 1), (1, 2)])
 @pytest.mark.parametrize("name", ["config", "glyph_config"])
-def test_batches_resume_from_a_state(name, request):
+def test_batches_resume_from_a_state(name, process, request):
     config = request.getfixturevalue(name)
-    assert_resumes(load_data(config, SIZE, 0).train, 20, every=3)
+    assert_resumes(load_data(config, SIZE, 0, *process).train, 20, every=3)
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])

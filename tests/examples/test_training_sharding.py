@@ -504,7 +504,7 @@ runpy.run_module("examples.llama", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.fixture(scope="module", params=["llama", "mae"])
+@pytest.fixture(scope="module")
 def long_config(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("data")
     if request.param == "llama":
@@ -576,12 +576,17 @@ def two_processes(long_config, tmp_path):
     return run
 
 
-def test_two_processes_stop_together_and_resume(
-    long_config, two_processes, one_process, tmp_path
-):
+@pytest.mark.parametrize("long_config", ["mae"], indirect=True)
+def test_two_processes_train_as_one(two_processes, one_process, tmp_path):
+    ends = two_processes(tmp_path / "run")
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert_close(read_log(tmp_path / "run"), one_process)
+
+
+@pytest.mark.parametrize("long_config", ["llama"], indirect=True)
+def test_two_processes_stop_together_and_resume(two_processes, one_process, tmp_path):
     run_dir = tmp_path / "run"
-    script = _PREEMPTED.replace("examples.llama", f"examples.{long_config.task.name}")
-    ends = two_processes(run_dir, ("-c", script))
+    ends = two_processes(run_dir, ("-c", _PREEMPTED))
     assert [code for code, _ in ends] == [0, 0], ends
     stopped = len(read_log(run_dir))
     assert 4 <= stopped < 16
