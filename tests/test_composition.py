@@ -202,7 +202,7 @@ def test_named_chain_and_tree_map_params():
 
 # In the training loops of JAX libraries, each compared with a plain loop.
 
-# Made by NumPy: JAX would compile its part each time that the module is imported.
+# Drawn with NumPy: with JAX, every worker would compile the generator on import.
 INPUTS = np.random.default_rng(0).standard_normal((16, 3), np.float32)
 TARGETS = np.sin(INPUTS @ np.array([[1.0], [2.0], [-1.0]], np.float32))
 STEPS = 12

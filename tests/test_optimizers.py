@@ -42,7 +42,7 @@ class Optimizer(NamedTuple):
     build: Callable[[], optax.GradientTransformation]
     #: The extra arguments that its update requires.
     needs: tuple[str, ...] = ()
-    #: Whether its own updates oppose the gradient on one of the targets.
+    #: Whether caution has something to prevent on one of the targets.
     opposes: bool = True
     caution: Mapping[str, Any] = {}
     steps: int = 10_000

@@ -16,7 +16,7 @@ import optax_cautious
 from optax_cautious import cautious, provide_gradient
 from tests.named import NAMED, make
 
-# Made by NumPy, as every worker that imports this would compile JAX's code.
+# Drawn with NumPy: with JAX, every worker would compile the generator on import.
 PARAMS = {
     name: np.random.default_rng(0).standard_normal(shape, np.float32)
     for name, shape in {

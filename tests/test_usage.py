@@ -243,7 +243,7 @@ def parameter_free(make, needs=(), **caution):
 
 
 def only_unscaled(make):
-    """Check that it diverges; test_optimizers.py checks that it converges unscaled."""
+    """Check that rescaling makes it diverge; without, see test_optimizers.py."""
 
     def check():
         parabola = {"loss": matrix_loss, "params": jnp.zeros((2, 2)), "steps": 30_000}

@@ -16,7 +16,7 @@ from tests.named import NAMED, make
 
 
 def tree(seed: int) -> dict:
-    """Draw with NumPy, as every worker that imports this would compile JAX's code."""
+    """Draw with NumPy: with JAX, every worker would compile the generator on import."""
     rng = np.random.default_rng(seed)
     return {
         "w": jnp.asarray(rng.standard_normal((3, 4), np.float32)),
@@ -141,7 +141,7 @@ def test_scan_keeps_the_states_type_and_compiles_once(name):
     assert jaxpr.in_avals == jaxpr.out_avals
 
 
-# The others have no code of their own in the derivative.
+# The four left out run the same code of the library as the others.
 @pytest.mark.parametrize(
     "name", sorted(TRANSFORMATIONS.keys() - {"lion", "sgd", "adafactor", "muon"})
 )

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +136,7 @@ def exported_once(pretrained, tmp_path_factory):
 @pytest.fixture
 def exported(exported_once, tmp_path):
     """Return a copy of an exported Llama, which the test may change."""
-    return Path(shutil.copytree(exported_once, tmp_path / "exported"))
+    return shutil.copytree(exported_once, tmp_path / "exported")
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def make_optimizer(config, steps):
 
 
 def normal(seed, *shape):
-    """Draw with NumPy, as every worker that imports this would compile JAX's code."""
+    """Draw with NumPy: with JAX, every worker would compile the generator on import."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
