@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 # All tests of a file run in one process, because they share fixtures and compiled code.
 PYTEST := python -m pytest --numprocesses auto --dist loadfile
 
+# Python compiles the modules that it imports, a small part of those installed.
+PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
+
 # Training on a CPU allocates a lot of memory in each step, which is cheaper in pages of
 # 2 MB. Systems without glibc ignore this.
 TRAIN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
@@ -70,9 +73,8 @@ costs: $(VENV)/.examples  ## report what caution costs on a TPU, by its compiler
 # It has its own environment too. NVIDIA's libraries, some gigabytes, are not needed.
 costs-gpu:  ## count what caution moves on a GPU, with its compiler; needs Python 3.12 or later, no GPU
 	@$(MAKE) --no-print-directory VENV=.venv-gpu .venv-gpu/.test
-	.venv-gpu/bin/pip install --quiet --disable-pip-version-check tqdm tyro tabulate \
-	  'jax>=0.12'
-	.venv-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps \
+	.venv-gpu/bin/$(PIP_INSTALL) tqdm tyro tabulate 'jax>=0.12'
+	.venv-gpu/bin/$(PIP_INSTALL) --no-deps \
 	  $$(.venv-gpu/bin/python -c "import jax; v = jax.__version__; \
 	    print(f'jax-cuda12-plugin=={v} jax-cuda12-pjrt=={v}')")
 	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m benchmarks.gpu
@@ -87,11 +89,11 @@ test: $(VENV)/.examples $(VENV)/.hf $(VENV)/.test  ## run all tests, including t
 test-library: $(VENV)/.test  ## run only the library's tests
 	$(BIN)/$(PYTEST) --ignore tests/examples
 
+# With little optimization programs compile faster; the other tests cover the usual one.
 test-floor:  ## run the library's tests on the oldest supported JAX and Optax
 	@$(MAKE) --no-print-directory VENV=.venv-floor .venv-floor/bin/pip
-	.venv-floor/bin/pip install --quiet --disable-pip-version-check \
-	  --editable '.[test]' jax==0.7.0 jaxlib==0.7.0 optax==0.2.8
-	.venv-floor/bin/$(PYTEST) --ignore tests/examples
+	.venv-floor/bin/$(PIP_INSTALL) --editable '.[test]' jax==0.7.0 jaxlib==0.7.0 optax==0.2.8
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv-floor/bin/$(PYTEST) --ignore tests/examples
 
 test-tpu:  ## test the memory traffic of a step with the TPU compiler; needs no TPU
 	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu .venv-tpu/.test .venv-tpu/.examples
@@ -120,13 +122,13 @@ dist: $(VENV)/.dist  ## build the distribution, check it, and test it in an empt
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/dist
-	build/dist/bin/pip install --quiet --disable-pip-version-check dist/*.whl pytest
+	build/dist/bin/$(PIP_INSTALL) dist/*.whl pytest
 	cd build/dist && bin/python -m pytest --quiet --doctest-modules --pyargs optax_cautious \
 	  -c /dev/null --rootdir .
 
 $(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
 	@echo "Installing what '$*' needs into $(VENV) (a minute or two) ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@$(BIN)/$(PIP_INSTALL) --editable '.[$*]'
 	@touch $@
 
 $(VENV)/bin/pip:

@@ -1,10 +1,10 @@
 """A whole training step: its roofline, and what caution adds to it.
 
-``python -m benchmarks.training_step cpu`` times the demo's step with AdamW and with
-cautious AdamW, in turns, on this machine. ``python -m benchmarks.training_step tpu``
-compiles the steps of the paper's models for TPU slices, which takes a quarter of an
-hour, and prints an analysis of each program. Both need the ``examples`` extra, and the
-second also needs the ``tpu`` extra.
+``python -m benchmarks.training_step cpu`` times the steps of the study's Llamas with
+AdamW and with cautious AdamW, in turns, on this machine.
+``python -m benchmarks.training_step tpu`` compiles the steps of the paper's models for
+TPU slices, which takes a quarter of an hour, and prints an analysis of each program.
+Both need the ``examples`` extra, and the second also needs the ``tpu`` extra.
 """
 
 import statistics
@@ -17,6 +17,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.steps import markdown_table
+from benchmarks.study.questions import QUESTIONS, SIZES
 from benchmarks.timing import Pair, take_turns
 from examples.llama.task import PRESETS, LlamaTask, with_model
 from examples.mae.task import PRESETS as MAE_PRESETS
@@ -80,25 +81,28 @@ class TrainStepper:
 
 
 def on_cpu(rounds: int) -> None:
-    """Time the demo's step with and without caution, and print a table."""
-    demo = PRESETS["demo"]
-    steppers = [TrainStepper(replace(demo, optimizer=tx)) for tx in OPTIMIZERS]
-    with tqdm(total=rounds, unit="round") as bar:
-        pair = Pair(*take_turns(steppers, rounds, bar))
-    rows = [
-        (tx.title, f"{1e3 * statistics.median(seconds):.1f}", ratio)
-        for tx, seconds, ratio in zip(
-            OPTIMIZERS,
-            pair,
-            ("", "{:.3f} ({:.3f} to {:.3f})".format(pair.ratio, *pair.quartiles)),
-            strict=True,
-        )
-    ]
+    """Time the steps of Llamas with and without caution, and print a table."""
+    configs = [QUESTIONS[name].config for name in SIZES]
+    rows = []
+    with tqdm(total=rounds * len(configs), unit="round") as bar:
+        for config in configs:
+            steppers = [
+                TrainStepper(replace(config, optimizer=tx)) for tx in OPTIMIZERS
+            ]
+            pair = Pair(*take_turns(steppers, rounds, bar))
+            rows.append(
+                (
+                    f"{count_parameters(config.task):,}",
+                    *(f"{1e3 * statistics.median(seconds):.1f}" for seconds in pair),
+                    "{:.3f} ({:.3f} to {:.3f})".format(pair.ratio, *pair.quartiles),
+                )
+            )
     print(
-        f"The demo, {count_parameters(demo.task):,} parameters, {demo.task.units} "
-        f"tokens per step; jax {jax.__version__} on {jax.devices()[0].device_kind}.\n"
+        f"{configs[0].task.units} tokens per step; jax {jax.__version__} on "
+        f"{jax.devices()[0].device_kind}. Times in ms per step.\n"
     )
-    print(markdown_table(rows, ("optimizer", "ms per step", "ratio (quartiles)")))
+    titles = [tx.title for tx in OPTIMIZERS]
+    print(markdown_table(rows, ("parameters", *titles, "ratio (quartiles)")))
 
 
 def on_tpu() -> None:
@@ -201,7 +205,7 @@ def main(where: tyro.conf.Positional[Literal["cpu", "tpu"]], rounds: int = 100) 
     """Print the cost of a whole training step, and what caution adds to it.
 
     Args:
-        where: cpu times the demo's step, tpu compiles the paper's models.
+        where: cpu times the study's Llamas, tpu compiles the paper's models.
         rounds: number of timed steps per optimizer.
     """
     if where == "cpu":

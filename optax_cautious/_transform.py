@@ -73,7 +73,7 @@ def cautious(
     mask: Mask = None,
     monitor: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Do not move where the update and the gradient disagree in sign.
+    r"""Set the update to zero where it would move a parameter uphill.
 
     For a leaf with :math:`n` coordinates, update :math:`u` and gradient :math:`g`:
 
@@ -91,7 +91,8 @@ def cautious(
       \end{align*}
 
     where :math:`s` is -1 for ``direction="descent"`` and +1 for ``"ascent"``,
-    :math:`\gamma` is ``opposed_weight`` and :math:`\rho_{\min}` ``min_fraction``.
+    :math:`\gamma` is ``opposed_weight`` and :math:`\rho_{\min}` ``min_fraction``. A
+    coordinate agrees with the gradient if :math:`a_i > 0`: it moves downhill.
 
     To make an optimizer cautious, change this::
 
@@ -146,7 +147,8 @@ def cautious(
         (with ``"leaf"``, its own inner product). An int for all leaves; a tree of ints
         with the structure of the updates, or a prefix of it such as
         ``{"layers": 1, "head": 0}``; or a function of the updates that returns one.
-        ``None`` means 0 everywhere.
+        ``None`` means 0 everywhere. Under :func:`optax.inject_hyperparams`, list
+        ``stacked`` in ``static_args``, or Optax turns it into a hyperparameter.
       axis_name: name or names of the mapped axes along which the leaves are split
         evenly in ``jax.shard_map`` or ``jax.pmap``. Not needed elsewhere: under
         ``jax.jit`` the fraction of a sharded leaf is already global. Must not be set
@@ -154,8 +156,8 @@ def cautious(
         axis that splits a ``stacked`` axis.
       mask: a tree of bools with the structure of the updates, or a prefix of it, or a
         function of the updates that returns one. Leaves at False pass unchanged. Under
-        :func:`optax.inject_hyperparams`, list ``stacked`` in ``static_args``, and
-        ``mask`` if it is a function, or Optax turns them into hyperparameters.
+        :func:`optax.inject_hyperparams`, list ``mask`` in ``static_args`` if it is a
+        function.
       monitor: whether the state records the fraction of coordinates that agreed, over
         all leaves in the mask. Read it with
         ``optax.tree.get(state, "aligned_fraction")``. A zero update does not agree, so
@@ -308,7 +310,7 @@ def aligned_fraction(
     direction: Direction = "descent",
     stacked: Stacked = None,
 ) -> optax.Updates:
-    r"""Compute the fraction of coordinates of each leaf whose signs agree.
+    r"""Compute the fraction of coordinates of each leaf that move downhill.
 
     For a leaf with :math:`n` coordinates, and :math:`s` as in :func:`cautious`:
 

@@ -3,6 +3,8 @@
 ``python -m benchmarks.study run`` trains the runs missing from ``docs/results/*.csv``;
 ``python -m benchmarks.study draw`` writes ``docs/results.md`` and its figures.
 
+``docs/results/machine.txt`` says where the runs were trained.
+
 A file identifies a run by its optimizer, its settings and its seed. If anything else
 about a question changes, such as its model, delete its file; otherwise, the runs in it
 are taken for runs of the new configuration.

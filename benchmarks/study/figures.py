@@ -36,7 +36,7 @@ def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> N
                 arms.index(comparison.arm.title),
                 xerr=[[mean - low], [high - mean]],
                 fmt="o",
-                color="C7" if comparison.verdict == "no difference seen" else "C0",
+                color=_color(comparison),
                 capsize=3,
             )
         panel.axvline(0, color="black", linewidth=1)
@@ -48,6 +48,11 @@ def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> N
     panels[0].set_yticks(range(len(arms)), arms)
     panels[0].set_ylim(len(arms) - 0.5, -0.5)  # The first arm on top.
     figure.savefig(path, dpi=150)
+
+
+def _color(comparison: Comparison) -> str:
+    """Return grey if no difference was seen, else blue."""
+    return "C7" if comparison.verdict == "no difference seen" else "C0"
 
 
 def plot_differences_by_step(
@@ -98,7 +103,7 @@ def plot_sizes(compared: Sequence[tuple[int, Comparison]], path: Path) -> None:
             mean,
             yerr=[[mean - low], [high - mean]],
             fmt="o",
-            color="C0",
+            color=_color(comparison),
             capsize=3,
         )
         ratios = [] if comparison.diverged else comparison.ratios

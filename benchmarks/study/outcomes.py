@@ -23,6 +23,7 @@ from examples.training.history import (
     Group,
     History,
     Interval,
+    Point,
     Run,
     by_seed,
     mean_interval,
@@ -198,7 +199,11 @@ def robustness(question: Question, histories: Sequence[History]) -> list[Robustn
 
 
 def edges(question: Question, histories: Sequence[History]) -> list[str]:
-    """Report the best points that lie on the edge of their grid."""
+    """Report the best points that lie on the edge of their grid.
+
+    Runs beyond the edge may be in the histories without being in the grid.
+    """
+    losses = {history.run: history.final_loss for history in histories}
     lines = []
     for title, point in best_points(question, histories).items():
         arm = next(arm for arm in question.arms if arm.title == title)
@@ -207,11 +212,31 @@ def edges(question: Question, histories: Sequence[History]) -> list[str]:
             values = sorted(map(float, grid[name]))
             if len(values) > 1 and float(value) in (values[0], values[-1]):
                 end = "smallest" if float(value) == values[0] else "largest"
+                at_best = losses[run_of(arm, point, TUNING_SEED)]
+                beyond = [
+                    f" Outside the grid, {other} ended at {losses[run]:.4f} instead of "
+                    f"{at_best:.4f}."
+                    for other in _values(name, histories)
+                    if not values[0] <= float(other) <= values[-1]
+                    for run in [run_of(arm, _at(point, name, other), TUNING_SEED)]
+                    if run in losses
+                ]
                 lines.append(
                     f"The best {name.replace('_', ' ')} for {title}, {value}, is the "
-                    f"{end} that was tried."
+                    f"{end} in the grid." + "".join(beyond)
                 )
     return lines
+
+
+def _values(name: str, histories: Sequence[History]) -> list[str]:
+    """List the values of a setting."""
+    points = [dict(history.run.point) for history in histories]
+    return list(dict.fromkeys(point[name] for point in points if name in point))
+
+
+def _at(point: Point, name: str, value: str) -> Point:
+    """Return a point with another value of a setting."""
+    return tuple((n, value if n == name else v) for n, v in point)
 
 
 def equal_arms(question: Question, histories: Sequence[History]) -> list[str]:
@@ -254,6 +279,8 @@ class TimeRatio(NamedTuple):
 
     arm: Arm
     other: Arm
+    seconds: tuple[float, float]
+    """The median step times of the arm and of the other arm."""
     median: float
     low: float
     high: float
@@ -272,8 +299,8 @@ def time_ratios(question: Question, histories: Sequence[History]) -> list[TimeRa
     for arm in question.arms:
         for title in arm.against[:1]:
             own_points = {*tuning_points(question, arm, histories)}
-            ratios = [
-                seconds[own] / seconds[other]
+            pairs = [
+                (seconds[own], seconds[other])
                 for point in tuning_points(question, arms[title], histories)
                 if point in own_points
                 for own, other in [
@@ -284,9 +311,13 @@ def time_ratios(question: Question, histories: Sequence[History]) -> list[TimeRa
                 ]
                 if own in seconds and other in seconds
             ]
-            if len(ratios) > 1:
+            if len(pairs) > 1:
+                ratios = [own / other for own, other in pairs]
                 low, median, high = statistics.quantiles(ratios, method="inclusive")
+                own, other = map(statistics.median, zip(*pairs, strict=True))
                 found.append(
-                    TimeRatio(arm, arms[title], median, low, high, len(ratios))
+                    TimeRatio(
+                        arm, arms[title], (own, other), median, low, high, len(pairs)
+                    )
                 )
     return found

@@ -1,7 +1,7 @@
 """The results page and its figures, generated from the CSV files alone."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from benchmarks.study.questions import (
     TUNING_SEED,
     Question,
 )
-from benchmarks.study.run import best_points, group_at
+from benchmarks.study.run import best_points, group_at, tuning_points
 from examples.training import plots
 from examples.training.history import (
     Group,
@@ -95,7 +95,8 @@ def draw(results_dir: Path = RESULTS, page: Path = DOCS / "results.md") -> None:
             answers[name] = histories
         else:
             missing.append(f"- {question.title} (`{name}`)")
-    lines = [_HEAD.format(tuning=TUNING_SEED), *_summary(answers)]
+    lines = [_HEAD.format(tuning=TUNING_SEED), *_machine(results_dir)]
+    lines += _summary(answers)
     for name, histories in answers.items():
         lines += _section(name, QUESTIONS[name], histories, results_dir)
     lines += [
@@ -107,6 +108,12 @@ def draw(results_dir: Path = RESULTS, page: Path = DOCS / "results.md") -> None:
         lines += ["## Not answered yet", "", *missing, ""]
     page.write_text("\n".join(lines))
     print(f"Wrote {page}")
+
+
+def _machine(results_dir: Path) -> list[str]:
+    """Quote what a file says about where the runs were trained, if there is one."""
+    file = results_dir / "machine.txt"
+    return [file.read_text()] if file.exists() else []
 
 
 def table(question: Question, histories: Sequence[History]) -> str:
@@ -232,22 +239,28 @@ def _summary(answers: Answers) -> list[str]:
         "ratio of steps (range)",
     )
     table = markdown_table(rows, header)
+    better, variants = _better_variants(answers)
     return [
         "## In short",
         "",
-        *_better_variants(answers),
+        *(variants if better else []),
         "Each arm at its best point. The sections below have the settings, and further "
-        "comparisons.",
+        "comparisons; [what to set](usage.md#what-to-set) follows from them.",
         "",
         table,
         "",
+        *([] if better else variants),
     ]
 
 
-def _better_variants(answers: Answers) -> list[str]:
-    """Name the variants that are better than the published rule at all sizes."""
+def _better_variants(answers: Answers) -> tuple[list[str], list[str]]:
+    """List the variants that are better than the published rule at all sizes.
+
+    Returns:
+        Their titles, and the lines about them.
+    """
     if not answers.keys() >= {*RULES}:
-        return []
+        return [], []
     verdicts: list[dict[str, str]] = [
         {
             c.arm.title: c.verdict
@@ -266,7 +279,7 @@ def _better_variants(answers: Answers) -> list[str]:
         for size, verdict in zip(counts, verdicts, strict=True)
         if title not in better and verdict[title] == "better"
     ]
-    return [
+    return better, [
         f"**Variants that end lower than the published rule at both {sizes} "
         f"parameters, with intervals that exclude zero: {', '.join(better) or 'none'}."
         "**",
@@ -274,6 +287,11 @@ def _better_variants(answers: Answers) -> list[str]:
         + f" Lower at one of them: {', '.join(once)}." * bool(once),
         "",
     ]
+
+
+def _files(names: Iterable[str]) -> str:
+    """Link the files of questions."""
+    return ", ".join(f"[{name}.csv](results/{name}.csv)" for name in names)
 
 
 def _anchor(title: str) -> str:
@@ -311,6 +329,12 @@ def _section(
         "",
     ]
     remarks = [*edges(question, histories), *equal_arms(question, histories)]
+    if question.one_at_a_time:
+        points = [
+            f"{len(tuning_points(question, arm, histories))} of {arm.title}"
+            for arm in question.arms
+        ]
+        remarks.append(f"Points tried: {'; '.join(points)}.")
     compared = compare_all(question, histories)
     has_maps = len(question.arms) == 2 and len(question.grid) == 2
     if has_maps and not question.one_at_a_time:
@@ -397,9 +421,10 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
         "tokens per parameter, which by itself may change the difference. None is "
         "trained for as long as is usual for its size, and models in use are at least "
         "a hundred times larger: these runs cannot tell whether the difference "
-        "persists there. Each triangle marks a seed with which "
+        "persists there. In the figure, each triangle marks a seed with which "
         "cautious AdamW did not reach AdamW's final loss. The grids of the sizes "
-        "differ; the sections above list them.",
+        f"differ; the sections above list them, their seeds and their files, "
+        f"{_files(name for name in SIZES if name in answers)}.",
         "",
         markdown_table(rows, header),
         "",
@@ -455,7 +480,8 @@ def _by_step(answers: Answers, results_dir: Path) -> list[str]:
         "",
         "The difference in validation loss during training. All runs follow one "
         "schedule to their end: the difference after half of the steps is not that of "
-        "a run of half the length.",
+        "a run of half the length. The names are those of the files above, whose "
+        "sections list the seeds.",
         "",
         markdown_table(rows, header),
         "",
@@ -490,6 +516,7 @@ def _times(answers: Answers) -> list[str]:
                     f"`{name}`",
                     found.arm.title,
                     found.other.title,
+                    *(f"{seconds:.3f}" for seconds in found.seconds),
                     f"{found.median:.3f} ({found.low:.3f} to {found.high:.3f})",
                     str(found.pairs),
                     *(
@@ -501,7 +528,8 @@ def _times(answers: Answers) -> list[str]:
             )
     if not rows:
         return []
-    timed = [h for histories in answers.values() for h in histories if h.seconds]
+    runs = [h for histories in answers.values() for h in histories]
+    timed = [h for h in runs if h.seconds]
     seconds = sum(
         h.seconds_per_step * max((e.step for e in h.evaluations), default=0)
         for h in timed
@@ -510,7 +538,9 @@ def _times(answers: Answers) -> list[str]:
         "question",
         "arm",
         "compared with",
-        "seconds per step, ratio (quartiles)",
+        "seconds per step",
+        "the other's",
+        "ratio (quartiles)",
         "pairs of runs",
         "ratio of steps",
         "ratio of times",
@@ -518,14 +548,16 @@ def _times(answers: Answers) -> list[str]:
     return [
         "## In time, not steps?",
         "",
-        "Both runs of a pair took turns in one process, at most 50 steps at a time, on "
-        "one core of a CPU whose other core was busy. Seconds per step, ratio: for "
-        "each pair of runs, the median step time of the arm divided by that of the arm "
-        "it is compared with. Ratio of times: the ratio of steps divided by the ratio "
-        "of seconds per step, for arms that reached the other's loss with all seeds.",
+        "Both runs of a pair took turns in one process, at most 50 steps at a time. "
+        "Seconds per step: the median over the pairs of the runs' median step times. "
+        "Ratio: the quotient of each pair. Ratio of times: the ratio of steps divided "
+        "by that of seconds per step, for arms that reached the other's loss with all "
+        "seeds. Questions whose arms did not take turns are missing; "
+        "[performance](performance.md#in-a-whole-training-step) has the step times of "
+        "all sizes.",
         "",
-        f"The {len(timed):,} runs whose step time was measured took "
-        f"{seconds / 3600:.0f} hours on one core, without compilation and evaluation.",
+        f"Of {len(runs):,} runs, the {len(timed):,} whose step time was measured took "
+        f"{seconds / 3600:.0f} hours, without compilation and evaluation.",
         "",
         markdown_table(rows, header),
         "",

@@ -133,6 +133,9 @@ class OptimizerConfig:
     caution_on: Literal["update", "momentum"] = "update"
     """Caution, Muon only: mask the orthogonalized momentum (update), or the momentum
     before orthogonalization (momentum)."""
+    per_layer: bool = True
+    """Apply the optimizer, and caution, to each layer separately. Otherwise, the stack
+    of all layers is one leaf, as it is to Optax."""
     cautious_decay: bool = False
     """Decay weights only where the decay does not oppose the update. Works with and
     without caution."""
@@ -186,6 +189,10 @@ class OptimizerConfig:
             self.caution_on == "update" or self.optimizer == "muon",
             f"caution_on {self.caution_on!r} requires Muon, which orthogonalizes its "
             "momentum; pass --optimizer muon.",
+        )
+        require(
+            self.per_layer or self.optimizer != "muon",
+            "Muon needs the matrices of single layers; pass --per-layer.",
         )
         given = [
             f.name
@@ -250,7 +257,7 @@ def make_optimizer(
     # Paths within a stack do not include the name of the stack.
     of_stacks = {
         name: config.without_caution() if name in config.exempt else config
-        for name in stacked
+        for name in (stacked if config.per_layer else ())
     }
     parts = [
         per_layer(

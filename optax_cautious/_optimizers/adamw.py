@@ -49,6 +49,9 @@ def cautious_adamw(
     Weight decay is not masked. Unless ``monitor=True``, the state is that of
     :func:`optax.adamw`, and each restores the other's checkpoints.
 
+    Tune the learning rate again: in small Llamas, the best one was up to twice that of
+    :func:`optax.adamw`, and caution gained little at the latter's.
+
     Args:
       learning_rate: scalar or schedule; for this and all arguments up to
         `nesterov` see :func:`optax.adamw`.

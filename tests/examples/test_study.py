@@ -1,5 +1,6 @@
 """The study: its files, its tuning, and the page generated from them."""
 
+import platform
 import re
 import shutil
 import statistics
@@ -13,8 +14,10 @@ for _module in ("grain", "orbax.checkpoint", "matplotlib", "tyro"):
 
 # ruff: noqa: E402
 
+import matplotlib
 import scipy.stats
 from matplotlib.figure import Figure
+from PIL import Image
 
 from benchmarks.study import figures, outcomes, page, records
 from benchmarks.study import run as study_run
@@ -324,11 +327,12 @@ def test_a_question_without_all_its_runs_is_not_answered(tmp_path):
 
 
 def test_best_points_on_the_grid_edge_are_reported():
-    lines = outcomes.edges(QUESTION, answered())
+    run = Run(CAUTIOUS, (("learning_rate", "0.001"), ("neutral", "follow")), 0)
+    lines = outcomes.edges(QUESTION, [*answered(), history(run)])
     assert lines == [
-        "The best learning rate for cautious AdamW, 0.004, is the largest that was "
-        "tried.",
-        "The best learning rate for follow, 0.002, is the smallest that was tried.",
+        "The best learning rate for cautious AdamW, 0.004, is the largest in the grid.",
+        "The best learning rate for follow, 0.002, is the smallest in the grid. "
+        "Outside the grid, 0.001 ended at 3.1000 instead of 3.0000.",
     ]
 
 
@@ -341,8 +345,8 @@ def test_good_points_are_counted():
 
 def test_times_of_runs_that_took_turns_are_compared():
     cautious, follow = outcomes.time_ratios(QUESTION, answered())
-    assert cautious[2:] == (1.25, 1.25, 1.25, 3)
-    assert follow[2:] == (1.0, 1.0, 1.0, 2)
+    assert cautious[2:] == ((0.5, 0.4), 1.25, 1.25, 1.25, 3)
+    assert follow[2:] == ((0.5, 0.5), 1.0, 1.0, 1.0, 2)
     assert follow.other.title == "cautious AdamW"
 
 
@@ -636,8 +640,21 @@ def test_what_the_notes_say():
 
 
 def test_the_page_is_that_of_the_files(tmp_path):
-    for path in (DOCS / "results").glob("*.csv"):
-        shutil.copy(path, tmp_path)
+    for path in (DOCS / "results").iterdir():
+        if path.suffix != ".png":
+            shutil.copy(path, tmp_path)
     page.draw(tmp_path, tmp_path / "results.md")
     text = (tmp_path / "results.md").read_text()
     assert text == (DOCS / "results.md").read_text()
+    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert drawn == sorted(path.name for path in (DOCS / "results").glob("*.png"))
+    for name in drawn:
+        # Another version of matplotlib, or another processor, may draw another pixel.
+        with Image.open(DOCS / "results" / name) as image:
+            version = image.info["Software"].split(",")[0]
+        if (version, platform.machine()) == (
+            f"Matplotlib version{matplotlib.__version__}",
+            "x86_64",
+        ):
+            committed = (DOCS / "results" / name).read_bytes()
+            assert (tmp_path / name).read_bytes() == committed, name

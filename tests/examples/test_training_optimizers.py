@@ -381,6 +381,27 @@ def test_muon_masks_its_momentum_only_in_the_layers():
     assert not np.allclose(*kernels, rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("exempt", "tx"),
+    [
+        ((), optax_cautious.cautious_adamw(1.0, weight_decay=0.0)),
+        (("blocks",), optax.adam(1.0)),
+    ],
+)
+def test_a_stack_of_layers_can_be_one_leaf(exempt, tx):
+    config = OptimizerConfig(
+        learning_rate=1.0,
+        schedule="constant",
+        warmup_fraction=0.0,
+        max_grad_norm=None,
+        exempt=exempt,
+        per_layer=False,
+    )
+    params, _ = descend(make_optimizer(config, STEPS), PARAMS, GRADIENTS)
+    expected, _ = descend(tx, PARAMS, GRADIENTS)
+    close(params["blocks"], expected["blocks"])
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_caution_changes_every_optimizer(name):
     """Its state is the same with and without caution, whatever is exempt."""
@@ -419,6 +440,7 @@ def test_caution_changes_every_optimizer(name):
         ),
         ("cautious_lion", {"caution_on": "momentum"}, "caution_on .* --optimizer muon"),
         ("muon", {"caution_on": "momentum"}, "caution_on can only be set with caution"),
+        ("cautious_muon", {"per_layer": False}, "single layers; pass --per-layer"),
         ("lamb", {"exempt": ("w",)}, r"exempt can only .*; pass --caution\.$"),
         ("adam", {}, "optimizer must be one of adamw, lion, sgd, .*, got 'adam'"),
     ],
