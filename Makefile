@@ -48,9 +48,7 @@ glue: $(VENV)/.examples  ## fine-tune the demo's models on two tasks, with five 
 quadratic: $(VENV)/.examples  ## run and plot the paper's toy problem
 	$(BIN)/python -m examples.quadratic
 
-# The question about fine-tuning starts from models like the demo's, one for each seed.
 study: $(VENV)/.examples  ## train the missing runs of the study (hours), and write docs/results.md
-	$(TRAIN) -m examples.llama compare --seeds 0 1 2 3 4 5 --output-dir outputs/llama/pretrained
 	$(TRAIN) -m benchmarks.study run
 	@$(MAKE) --no-print-directory results
 
@@ -89,7 +87,8 @@ test: $(VENV)/.examples $(VENV)/.hf $(VENV)/.test  ## run all tests, including t
 test-library: $(VENV)/.test  ## run only the library's tests
 	$(BIN)/$(PYTEST) --ignore tests/examples
 
-# With little optimization programs compile faster; the other tests cover the usual one.
+# With little optimization programs compile faster. The tests on newer versions of JAX use
+# the usual one.
 test-floor:  ## run the library's tests on the oldest supported JAX and Optax
 	@$(MAKE) --no-print-directory VENV=.venv-floor .venv-floor/bin/pip
 	.venv-floor/bin/$(PIP_INSTALL) --editable '.[test]' jax==0.7.0 jaxlib==0.7.0 optax==0.2.8

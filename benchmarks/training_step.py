@@ -201,7 +201,7 @@ def _cost_row(
     )
 
 
-def main(where: tyro.conf.Positional[Literal["cpu", "tpu"]], rounds: int = 100) -> None:
+def main(where: tyro.conf.Positional[Literal["cpu", "tpu"]], rounds: int = 60) -> None:
     """Print the cost of a whole training step, and what caution adds to it.
 
     Args:

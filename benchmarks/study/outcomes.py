@@ -215,11 +215,11 @@ def edges(question: Question, histories: Sequence[History]) -> list[str]:
                 at_best = losses[run_of(arm, point, TUNING_SEED)]
                 beyond = [
                     f" Outside the grid, {other} ended at {losses[run]:.4f} instead of "
-                    f"{at_best:.4f}."
+                    f"{at_best:.4f} (seed {TUNING_SEED})."
                     for other in _values(name, histories)
                     if not values[0] <= float(other) <= values[-1]
                     for run in [run_of(arm, _at(point, name, other), TUNING_SEED)]
-                    if run in losses
+                    if np.isfinite(losses.get(run, math.inf))
                 ]
                 lines.append(
                     f"The best {name.replace('_', ' ')} for {title}, {value}, is the "

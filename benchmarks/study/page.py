@@ -1,4 +1,4 @@
-"""The results page and its figures, generated from the CSV files alone."""
+"""The results page and its figures, generated from the files in docs/results."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -294,6 +294,11 @@ def _files(names: Iterable[str]) -> str:
     return ", ".join(f"[{name}.csv](results/{name}.csv)" for name in names)
 
 
+def _link(name: str) -> str:
+    """Link the section of a question by the question's name."""
+    return f"[{name}](#{_anchor(QUESTIONS[name].title)})"
+
+
 def _anchor(title: str) -> str:
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -")
     return kept.replace(" ", "-")
@@ -331,10 +336,10 @@ def _section(
     remarks = [*edges(question, histories), *equal_arms(question, histories)]
     if question.one_at_a_time:
         points = [
-            f"{len(tuning_points(question, arm, histories))} of {arm.title}"
+            f"{arm.title} {len(tuning_points(question, arm, histories))}"
             for arm in question.arms
         ]
-        remarks.append(f"Points tried: {'; '.join(points)}.")
+        remarks.append(f"Number of points in the tuning: {'; '.join(points)}.")
     compared = compare_all(question, histories)
     has_maps = len(question.arms) == 2 and len(question.grid) == 2
     if has_maps and not question.one_at_a_time:
@@ -462,7 +467,7 @@ def _by_step(answers: Answers, results_dir: Path) -> list[str]:
     plot_differences_by_step(compared, results_dir / "during.png")
     rows = [
         [
-            f"`{name}`",
+            _link(name),
             comparison.arm.title,
             comparison.other.title,
             *map(_interval, _at_shares(comparison)),
@@ -480,8 +485,7 @@ def _by_step(answers: Answers, results_dir: Path) -> list[str]:
         "",
         "The difference in validation loss during training. All runs follow one "
         "schedule to their end: the difference after half of the steps is not that of "
-        "a run of half the length. The names are those of the files above, whose "
-        "sections list the seeds.",
+        "a run of half the length. The sections of the questions list the seeds.",
         "",
         markdown_table(rows, header),
         "",
@@ -513,7 +517,7 @@ def _times(answers: Answers) -> list[str]:
             all_reached = len(reached) == len(ratios) and not QUESTIONS[name].score
             rows.append(
                 [
-                    f"`{name}`",
+                    _link(name),
                     found.arm.title,
                     found.other.title,
                     *(f"{seconds:.3f}" for seconds in found.seconds),
@@ -539,7 +543,7 @@ def _times(answers: Answers) -> list[str]:
         "arm",
         "compared with",
         "seconds per step",
-        "the other's",
+        "seconds per step, other arm",
         "ratio (quartiles)",
         "pairs of runs",
         "ratio of steps",
@@ -550,14 +554,16 @@ def _times(answers: Answers) -> list[str]:
         "",
         "Both runs of a pair took turns in one process, at most 50 steps at a time. "
         "Seconds per step: the median over the pairs of the runs' median step times. "
-        "Ratio: the quotient of each pair. Ratio of times: the ratio of steps divided "
-        "by that of seconds per step, for arms that reached the other's loss with all "
-        "seeds. Questions whose arms did not take turns are missing; "
+        "Ratio: the median of the quotients of the pairs, which need not be the "
+        "quotient of the medians. Ratio of times: the ratio of steps divided by this "
+        "ratio, for arms that reached the other's loss with all seeds. Questions whose "
+        "arms did not take turns are missing; "
         "[performance](performance.md#in-a-whole-training-step) has the step times of "
         "all sizes.",
         "",
-        f"Of {len(runs):,} runs, the {len(timed):,} whose step time was measured took "
-        f"{seconds / 3600:.0f} hours, without compilation and evaluation.",
+        f"The files have {len(runs):,} runs; some are in two files. The "
+        f"{len(timed):,} whose step time was measured took {seconds / 3600:.0f} hours, "
+        "without compilation and evaluation.",
         "",
         markdown_table(rows, header),
         "",

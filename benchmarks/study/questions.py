@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from examples.glue.task import PRESETS as GLUE
@@ -17,6 +18,9 @@ TUNING_SEED = 0
 
 SEEDS = (1, 2, 3, 4, 5)
 """The seeds of the compared runs, which exclude the tuning seed."""
+
+PRETRAINED = Path("outputs") / "llama" / "pretrained"
+"""Directory of the pretrained models."""
 
 Grid = Mapping[str, Sequence[str]]
 
@@ -51,6 +55,8 @@ class Question:
     """Whether to also train each arm at the best point of the first arm that it is
     compared with, which shows the effect of turning on caution without retuning."""
     seeds: tuple[int, ...] = SEEDS
+    pretraining: TrainConfig[Any] | None = None
+    """Settings of the models from which the runs start, in ``PRETRAINED``."""
     score: str = ""
     """The score to compare. Empty: the validation loss, which always selects points."""
     note: str = ""
@@ -136,6 +142,8 @@ _FAMILY = (
     _variant("Grams", _NOT_RESCALED.grid, opposed_weight="-1.0", renormalize="none"),
     _variant("alignment: leaf", alignment="leaf"),
     _variant("alignment: tree", alignment="tree"),
+    _variant("one leaf per stack", per_layer="false"),
+    _variant("alignment: tree, whole model", alignment="tree", per_layer="false"),
 )
 """AdamW, the published rule, and its variants."""
 
@@ -162,11 +170,9 @@ def _decay_arms(adamw: Arm) -> tuple[Arm, ...]:
 
 
 def _after(pretrained: str, caution: bool, against: tuple[str, ...]) -> Arm:
-    """Build an arm that fine-tunes the demo's models, each with its own seed."""
+    """Build an arm that fine-tunes pretrained models, each with its own seed."""
     side = Side("adamw", caution)
-    directory = (
-        f"outputs/llama/pretrained/{pretrained}-learning_rate=0.002-seed{{seed}}"
-    )
+    directory = f"{PRETRAINED}/{pretrained}-learning_rate=0.002-seed{{seed}}"
     title = f"{side.title}, after {pretrained.replace('-', ' ')}"
     title = title.replace("adamw", "AdamW")
     return Arm(title, side, {"from_run": directory}, against=against)
@@ -203,7 +209,6 @@ QUESTIONS: dict[str, Question] = {
             replace(_CAUTIOUS, grid={"b1": ("0.95", "0.9", "0.98", "0.8", "0.6")}),
         ),
         one_at_a_time=True,
-        drop_in=False,
         note="Tuning starts at the value of b1 that is best for each arm, or tied with "
         "the best, in the Llama of 1 million parameters.",
     ),
@@ -219,7 +224,6 @@ QUESTIONS: dict[str, Question] = {
             replace(_CAUTIOUS, grid={"learning_rate": ("0.001", "0.0015", "0.002")}),
         ),
         one_at_a_time=True,
-        drop_in=False,
         seeds=(1, 2, 3),
         note="Tuning starts at the value of b1 that is best for both arms in the Llama "
         "of 4 million parameters.",
@@ -235,6 +239,17 @@ QUESTIONS: dict[str, Question] = {
         one_at_a_time=True,
         note="For Lion, b1 weights the momentum in the update, and b2 is the "
         "momentum's decay.",
+    ),
+    "lion-0.98": Question(
+        "Does caution help Lion with b2 0.98?",
+        _with_rule(LLAMA["demo"], b2=0.98),
+        {
+            "learning_rate": ("0.00025", "0.0005", "0.001", "0.002"),
+            "b1": ("0.8", "0.6", "0.9", "0.95"),
+        },
+        _with_and_without("lion"),
+        one_at_a_time=True,
+        note="This is the value of b2 in the paper, whose b1 is 0.95.",
     ),
     "muon": Question(
         "Does caution help Muon?",
@@ -253,7 +268,6 @@ QUESTIONS: dict[str, Question] = {
             ),
         ),
         one_at_a_time=True,
-        drop_in=False,
         note="Embedding, head and norms are left to AdamW, with the same b1.",
     ),
     "mae": Question(
@@ -278,11 +292,10 @@ QUESTIONS: dict[str, Question] = {
             ),
         ),
         drop_in=False,
+        pretraining=LLAMA["demo"],
         score="accuracy",
         note="Each seed has its own pretrained models, trained like those of `make "
-        "demo`: `.venv/bin/python -m examples.llama compare --seeds 0 1 2 3 4 5 "
-        "--output-dir outputs/llama/pretrained`. [glue.md](glue.md) describes the "
-        "task, `package`.",
+        "demo`. [glue.md](glue.md) describes the task, `package`.",
     ),
     "rule-0.3m": Question(
         "Which part of the rule matters? 0.35 million parameters",
@@ -296,7 +309,8 @@ QUESTIONS: dict[str, Question] = {
         f"{1 - 0.95 ** (len(_FAMILY) - 2):.0%} of such tables would still have an "
         "interval that excludes zero. The optimizer is applied to each layer "
         "separately, so `alignment: tree` has an inner product for each layer, and one "
-        "for all other parameters.",
+        "for all other parameters. For the last two arms, the parameters of all layers "
+        "are stacked, as they are for an optimizer in Optax without `stacked`.",
     ),
     "rule": Question(
         "Which part of the rule matters? 1 million parameters",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study import records
-from benchmarks.study.questions import TUNING_SEED, Arm, Question
+from benchmarks.study.questions import PRETRAINED, TUNING_SEED, Arm, Question
 from examples.training import compare
 from examples.training.config import TrainConfig, with_settings
 from examples.training.history import Group, History, Point, Run, read_history
@@ -200,6 +200,8 @@ def _train(
     The step times of runs that take turns with only some of these are left out.
     """
     missing = {*runs} - {h.run for h in records.read(path)}
+    if missing and not _pretrain(question):
+        return False
     turns: dict[Any, Runs] = {}
     for run, config in runs.items():
         point = tuple((n, v) for n, v in run.point if n in question.grid)
@@ -223,6 +225,21 @@ def _train(
             shutil.rmtree(work_dir / run.name)
         done += len(together)
     return True
+
+
+def _pretrain(question: Question) -> bool:
+    """Train the missing models from which a question's runs start.
+
+    Returns:
+        Whether all have been trained; False if a signal stopped the training.
+    """
+    if question.pretraining is None:
+        return True
+    seeds = TUNING_SEED, *question.seeds
+    runs = compare.plan(("adamw",), {}, seeds, question.pretraining)
+    PRETRAINED.mkdir(parents=True, exist_ok=True)
+    compare.require_trainable(runs, PRETRAINED)
+    return compare.run_all(runs, (), PRETRAINED, together=True)
 
 
 def _in_order(found: Mapping[Run, History], order: Iterable[Run]) -> list[History]:

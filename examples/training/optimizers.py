@@ -129,13 +129,14 @@ class OptimizerConfig:
     """Caution: what to do where the update or the gradient is exactly zero."""
     alignment: Literal["element", "leaf", "tree"] = "element"
     """Caution: what is compared with the gradient: each element, each leaf, or each
-    tree (a layer, or everything outside the layers)."""
+    tree (a layer, or everything outside the layers; without ``per_layer``, the whole
+    model)."""
     caution_on: Literal["update", "momentum"] = "update"
     """Caution, Muon only: mask the orthogonalized momentum (update), or the momentum
     before orthogonalization (momentum)."""
     per_layer: bool = True
-    """Apply the optimizer, and caution, to each layer separately. Otherwise, the stack
-    of all layers is one leaf, as it is to Optax."""
+    """Apply the optimizer, and caution, to each layer separately. Otherwise, they see
+    a stack of layers as one leaf, as in Optax."""
     cautious_decay: bool = False
     """Decay weights only where the decay does not oppose the update. Works with and
     without caution."""

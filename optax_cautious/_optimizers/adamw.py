@@ -50,7 +50,7 @@ def cautious_adamw(
     :func:`optax.adamw`, and each restores the other's checkpoints.
 
     Tune the learning rate again: in small Llamas, the best one was up to twice that of
-    :func:`optax.adamw`, and caution gained little at the latter's.
+    :func:`optax.adamw`.
 
     Args:
       learning_rate: scalar or schedule; for this and all arguments up to

@@ -14,7 +14,7 @@ for _module in ("grain", "orbax.checkpoint", "matplotlib", "tyro"):
 
 # ruff: noqa: E402
 
-import matplotlib
+import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 from PIL import Image
@@ -29,6 +29,7 @@ from benchmarks.study.questions import (
     Arm,
     Question,
 )
+from examples.llama.task import PRESETS as LLAMA
 from examples.training.engine import make_engine
 from examples.training.history import Evaluation, History, Run, Side
 
@@ -332,7 +333,7 @@ def test_best_points_on_the_grid_edge_are_reported():
     assert lines == [
         "The best learning rate for cautious AdamW, 0.004, is the largest in the grid.",
         "The best learning rate for follow, 0.002, is the smallest in the grid. "
-        "Outside the grid, 0.001 ended at 3.1000 instead of 3.0000.",
+        "Outside the grid, 0.001 ended at 3.1000 instead of 3.0000 (seed 0).",
     ]
 
 
@@ -428,6 +429,34 @@ def test_a_run_that_another_question_has_is_copied(tmp_path, monkeypatch):
     assert {run.side for run in trained} == {BASE, CAUTIOUS}
     assert outcomes.is_answered(QUESTION, records.read(tmp_path / "other.csv"))
     assert all(h.seconds for h in records.read(tmp_path / "other.csv"))
+
+
+def test_the_models_to_start_from_are_trained(tmp_path, monkeypatch):
+    trained = {}
+
+    def run_all(runs, swept, directory, together):
+        trained.update({str(directory / run.name): c for run, c in runs.items()})
+        return False
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_run.compare, "run_all", run_all)
+    question = QUESTIONS["glue"]
+    path = shutil.copy(DOCS / "results" / "glue.csv", tmp_path)
+    assert study_run.answer(question, Path(path), tmp_path)
+    assert not trained
+    histories = records.read(Path(path))
+    records.write(histories[1:], Path(path))
+    assert not study_run.answer(question, Path(path), tmp_path)
+    point = (("learning_rate", "0.001"),)
+    needed = {
+        dict(study_run.run_of(arm, point, seed).point)["from_run"]
+        for arm in question.arms
+        for seed in (TUNING_SEED, *SEEDS)
+    }
+    assert trained.keys() == needed
+    assert {(c.task, c.steps) for c in trained.values()} == {
+        (LLAMA["demo"].task, LLAMA["demo"].steps)
+    }
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
@@ -593,15 +622,20 @@ def test_headlines_are_results():
     )
     signed = [(*(f"{float(x):+.3f}" for x in row), ratio) for *row, ratio in rows]
     unsigned = [sorted(f"{abs(float(x)):.3f}" for x in row) for *row, _ in rows]
-    for name in ("../README.md", "index.md"):
+    for name, count in (("../README.md", 7), ("index.md", 8)):
         found = re.findall(in_table, (DOCS / name).read_text())
-        assert len(found) == 6
+        assert len(found) == count
         assert {*found} <= {*signed}
     for name, count in (("usage.md", 2), ("mae.md", 1)):
         found = re.findall(in_text, (DOCS / name).read_text())
         assert len(found) == count
         for values in found:
             assert sorted(values) in unsigned, (name, values)
+    by = r"by (\d\.\d{3}) \(95%\s+interval (\S+) to (\S+)\)"
+    (in_glue,) = re.findall(by, (DOCS / "glue.md").read_text())
+    assert sorted(in_glue) in unsigned
+    (ratio,) = re.findall(r"ratio is (\d\.\d\d)", (DOCS / "llama.md").read_text())
+    assert ratio in {ratio for *_, ratio in rows}
 
 
 def _lowest_by_b1(name, caution):
@@ -614,11 +648,21 @@ def _lowest_by_b1(name, caution):
     return lowest
 
 
-@pytest.mark.parametrize("name", ["size-0.3m", "adamw", "size-4m", "mae"])
-def test_the_default_b1_is_nearly_the_best_with_caution(name):
-    lowest = _lowest_by_b1(name, caution=True)
-    assert len(lowest) >= 4
-    assert lowest["0.9"] <= min(lowest.values()) + 0.005
+@pytest.mark.parametrize(
+    ("name", "excess"),
+    [(name, 0.005) for name in ("size-0.3m", "adamw", "size-4m", "mae")]
+    + [("size-9m", 0.034)],
+)
+def test_what_the_documentation_says_about_b1(name, excess):
+    """How far above the best b1 the recommended values end."""
+    for caution, b1, at_most in (
+        (True, "0.9", excess),
+        (False, "0.8", 0.03),
+        (False, "0.9", 0.11),
+    ):
+        lowest = _lowest_by_b1(name, caution)
+        assert len(lowest) >= 3
+        assert round(lowest[b1] - min(lowest.values()), 3) <= at_most
 
 
 def test_what_the_notes_say():
@@ -649,12 +693,8 @@ def test_the_page_is_that_of_the_files(tmp_path):
     drawn = sorted(path.name for path in tmp_path.glob("*.png"))
     assert drawn == sorted(path.name for path in (DOCS / "results").glob("*.png"))
     for name in drawn:
-        # Another version of matplotlib, or another processor, may draw another pixel.
-        with Image.open(DOCS / "results" / name) as image:
-            version = image.info["Software"].split(",")[0]
-        if (version, platform.machine()) == (
-            f"Matplotlib version{matplotlib.__version__}",
-            "x86_64",
-        ):
-            committed = (DOCS / "results" / name).read_bytes()
-            assert (tmp_path / name).read_bytes() == committed, name
+        committed, image = map(Image.open, (DOCS / "results" / name, tmp_path / name))
+        with committed, image:
+            # Other versions of matplotlib, and other processors, draw other pixels.
+            if image.info == committed.info and platform.machine() == "x86_64":
+                np.testing.assert_allclose(image, committed, atol=8, err_msg=name)
