@@ -87,8 +87,8 @@ test: $(VENV)/.examples $(VENV)/.hf $(VENV)/.test  ## run all tests, including t
 test-library: $(VENV)/.test  ## run only the library's tests
 	$(BIN)/$(PYTEST) --ignore tests/examples
 
-# With little optimization programs compile faster. The tests on newer versions of JAX use
-# the usual one.
+# Programs compile faster with little optimization. On newer versions of JAX, the tests use
+# the usual optimization.
 test-floor:  ## run the library's tests on the oldest supported JAX and Optax
 	@$(MAKE) --no-print-directory VENV=.venv-floor .venv-floor/bin/pip
 	.venv-floor/bin/$(PIP_INSTALL) --editable '.[test]' jax==0.7.0 jaxlib==0.7.0 optax==0.2.8

@@ -428,7 +428,7 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
         "a hundred times larger: these runs cannot tell whether the difference "
         "persists there. In the figure, each triangle marks a seed with which "
         "cautious AdamW did not reach AdamW's final loss. The grids of the sizes "
-        f"differ; the sections above list them, their seeds and their files, "
+        "differ; the sections above list them and the seeds. The files are "
         f"{_files(name for name in SIZES if name in answers)}.",
         "",
         markdown_table(rows, header),

@@ -249,7 +249,7 @@ QUESTIONS: dict[str, Question] = {
         },
         _with_and_without("lion"),
         one_at_a_time=True,
-        note="This is the value of b2 in the paper, whose b1 is 0.95.",
+        note="The paper's Lion has b1 0.95 and b2 0.98.",
     ),
     "muon": Question(
         "Does caution help Muon?",
@@ -309,8 +309,8 @@ QUESTIONS: dict[str, Question] = {
         f"{1 - 0.95 ** (len(_FAMILY) - 2):.0%} of such tables would still have an "
         "interval that excludes zero. The optimizer is applied to each layer "
         "separately, so `alignment: tree` has an inner product for each layer, and one "
-        "for all other parameters. For the last two arms, the parameters of all layers "
-        "are stacked, as they are for an optimizer in Optax without `stacked`.",
+        "for all other parameters. In the last two arms, the optimizer sees stacked "
+        "layers as one leaf, as in Optax, and `stacked` is not set.",
     ),
     "rule": Question(
         "Which part of the rule matters? 1 million parameters",
