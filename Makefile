@@ -87,8 +87,7 @@ test: $(VENV)/.examples $(VENV)/.hf $(VENV)/.test  ## run all tests, including t
 test-library: $(VENV)/.test  ## run only the library's tests
 	$(BIN)/$(PYTEST) --ignore tests/examples
 
-# Programs compile faster with little optimization. On newer versions of JAX, the tests use
-# the usual optimization.
+# Programs compile faster with little optimization. `make test` uses the usual optimization.
 test-floor:  ## run the library's tests on the oldest supported JAX and Optax
 	@$(MAKE) --no-print-directory VENV=.venv-floor .venv-floor/bin/pip
 	.venv-floor/bin/$(PIP_INSTALL) --editable '.[test]' jax==0.7.0 jaxlib==0.7.0 optax==0.2.8
