@@ -11,10 +11,10 @@ from benchmarks.study.outcomes import Comparison
 
 
 def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> None:
-    """Plot the difference of each comparison with its interval.
+    """Plot the difference of each comparison at the arms' own best points.
 
-    Each arm that others are compared with has a panel. Where a run diverged, the
-    difference is NaN and nothing is drawn.
+    Each difference has its interval, and each arm that others are compared with has a
+    panel. Where a run diverged, the difference is NaN and nothing is drawn.
 
     Args:
         compared: the comparisons, at least one.

@@ -252,7 +252,10 @@ def equal_arms(question: Question, histories: Sequence[History]) -> list[str]:
                 for other in [_counterpart(run, arm, arms[title])]
                 if other in found
             ]
-            same = sum(_losses(own) == _losses(others) for own, others in pairs)
+            # A run that diverged at once has no evaluation.
+            same = sum(
+                bool(own) and _losses(own) == _losses(others) for own, others in pairs
+            )
             if same:
                 lines.append(
                     f"{arm.title} has the same loss as {title} at every evaluation in "
@@ -299,7 +302,7 @@ def time_ratios(question: Question, histories: Sequence[History]) -> list[TimeRa
     for arm in question.arms:
         for title in arm.against[:1]:
             own_points = {*tuning_points(question, arm, histories)}
-            pairs = [
+            times = [
                 (seconds[own], seconds[other])
                 for point in tuning_points(question, arms[title], histories)
                 if point in own_points
@@ -311,13 +314,19 @@ def time_ratios(question: Question, histories: Sequence[History]) -> list[TimeRa
                 ]
                 if own in seconds and other in seconds
             ]
-            if len(pairs) > 1:
-                ratios = [own / other for own, other in pairs]
+            if len(times) > 1:
+                ratios = [own / other for own, other in times]
                 low, median, high = statistics.quantiles(ratios, method="inclusive")
-                own, other = map(statistics.median, zip(*pairs, strict=True))
+                of_arm, of_other = map(statistics.median, zip(*times, strict=True))
                 found.append(
                     TimeRatio(
-                        arm, arms[title], (own, other), median, low, high, len(pairs)
+                        arm,
+                        arms[title],
+                        (of_arm, of_other),
+                        median,
+                        low,
+                        high,
+                        len(times),
                     )
                 )
     return found

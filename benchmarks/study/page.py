@@ -1,5 +1,6 @@
 """The results page and its figures, generated from the files in docs/results."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -63,21 +64,29 @@ A question compares several arms, such as AdamW with and without caution. The Ll
 are trained for less than one epoch on the source code of Python's standard library, as
 in [the demo](llama.md); the masked autoencoder is that of [its demo](mae.md).
 
-All arms are tuned on the same grid (exceptions are listed) with seed {tuning}: at all
-of its points, or, where it says "one setting at a time", first the learning rate, with
-the other setting at the first value listed, then the other setting at the best rate,
-and so on until the best point does not change. The best point is that of the lowest
-validation loss; the grids are coarse, so a better one may lie between two of their
-points. Each arm is trained again at its best point with other seeds for the weights and
-the data order, because the best of many runs is partly luck. Where a row says "at the
-settings of" the other arm, only the optimizer was changed.
+The arms of a question are tuned with seed {tuning} on the same grid; exceptions are
+listed. Most grids are tried completely. Where a section says "one setting at a time",
+the learning rate is tuned first, with the other setting at the first value listed. Then
+the other setting is tuned at the best rate, and so on until the best point does not
+change. So the arms may be tried at different numbers of points, which are listed. The
+best point is that of the lowest validation loss; the grids are coarse, so a better one
+may lie between two of their points. Each arm is trained again at its best point with
+other seeds for the weights and the data order, because the best of many runs is partly
+luck. Where a row says "at the settings of" the other arm, only caution was turned on.
 
 A difference is the final validation loss (or the named score) of the arm minus that of
 the arm it is compared with, so that a negative difference of losses is better. It is
 the mean over the seeds, paired, with Student's 95% interval; if this includes zero, the
-table says "no difference seen", and the figure shows it in grey. The ratio of steps is
-the number of steps of the other arm divided by the number that this arm needs to reach
-the other's final loss, interpolated between evaluations.
+table says "no difference seen", and figures with intervals show it in grey. The
+interval reflects the randomness of the initial weights and of the data order. It does
+not reflect that the settings were chosen with one seed, nor that all runs share the
+validation text, which is also used for tuning.
+
+The ratio of steps is the number of steps of the other arm divided by the number that
+this arm needs to reach the other's final loss, interpolated between evaluations. It has
+no interval and cannot be below 1: an arm that ends higher does not reach that loss. The
+learning rate of both arms follows the schedule of the whole run, so a run that is
+planned to be that much shorter may end differently.
 """
 
 
@@ -106,14 +115,14 @@ def draw(results_dir: Path = RESULTS, page: Path = DOCS / "results.md") -> None:
     ]
     if missing:
         lines += ["## Not answered yet", "", *missing, ""]
-    page.write_text("\n".join(lines))
+    page.write_text("\n".join(lines), "utf-8")
     print(f"Wrote {page}")
 
 
 def _machine(results_dir: Path) -> list[str]:
     """Quote what a file says about where the runs were trained, if there is one."""
     file = results_dir / "machine.txt"
-    return [file.read_text()] if file.exists() else []
+    return [file.read_text("utf-8")] if file.exists() else []
 
 
 def table(question: Question, histories: Sequence[History]) -> str:
@@ -218,7 +227,7 @@ def _summary(answers: Answers) -> list[str]:
     """Write the section that lists all comparisons."""
     rows = [
         [
-            f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})",
+            _link(name),
             comparison.arm.title,
             comparison.other.title,
             comparison.score or "validation loss",
@@ -244,12 +253,48 @@ def _summary(answers: Answers) -> list[str]:
         "## In short",
         "",
         *(variants if better else []),
-        "Each arm at its best point. The sections below have the settings, and further "
-        "comparisons; [what to set](usage.md#what-to-set) follows from them.",
+        *_count_verdicts(answers),
+        "Each arm is at the best point of its question's grid. Where the question says "
+        "b1 0.9, b1 was not tuned. The sections below have the settings, and further "
+        "comparisons; [what to set](usage.md#what-to-set) follows from them. The "
+        f"intervals are not corrected for their number: in {len(rows)} comparisons "
+        f"without any effect, about {0.05 * len(rows):.1f} would exclude zero.",
         "",
         table,
         "",
         *([] if better else variants),
+    ]
+
+
+def _count_verdicts(answers: Answers) -> list[str]:
+    """Write a list of the verdicts on caution at tuned settings, for each optimizer."""
+    verdicts: dict[str, dict[str, list[str]]] = {}
+    for name, comparison in _with_and_without(answers):
+        if "b1" in QUESTIONS[name].grid:
+            of_arm = verdicts.setdefault(comparison.arm.title, {})
+            of_arm.setdefault(comparison.verdict, []).append(_link(name))
+    if not verdicts:
+        return []
+    return [
+        "Where learning rate and b1 are tuned with and without caution:",
+        "",
+        *(
+            f"- {title}: "
+            + "; ".join(f"{verdict} in {', '.join(names)}" for verdict, names in found)
+            + "."
+            for title, of_arm in verdicts.items()
+            for found in [of_arm.items()]
+        ),
+        "",
+    ]
+
+
+def _with_and_without(answers: Answers) -> list[tuple[str, Comparison]]:
+    """Select the comparisons of an optimizer with caution and the one without."""
+    return [
+        (name, c)
+        for name, c in _at_best(answers)
+        if (c.arm.side.caution, c.other.side.caution) == (True, False)
     ]
 
 
@@ -282,9 +327,9 @@ def _better_variants(answers: Answers) -> tuple[list[str], list[str]]:
     return better, [
         f"**Variants that end lower than the published rule at both {sizes} "
         f"parameters, with intervals that exclude zero: {', '.join(better) or 'none'}."
-        "**",
-        f"Tried at both: {', '.join(tried)}."
-        + f" Lower at one of them: {', '.join(once)}." * bool(once),
+        f"** Tried at both: {', '.join(tried)}."
+        + f" These end lower at one of them: {', '.join(once)}."
+        * bool(once),
         "",
     ]
 
@@ -295,8 +340,8 @@ def _files(names: Iterable[str]) -> str:
 
 
 def _link(name: str) -> str:
-    """Link the section of a question by the question's name."""
-    return f"[{name}](#{_anchor(QUESTIONS[name].title)})"
+    """Link the section of a question."""
+    return f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})"
 
 
 def _anchor(title: str) -> str:
@@ -424,43 +469,47 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
         "",
         "All sizes see the same text, tokens and steps, so larger models see fewer "
         "tokens per parameter, which by itself may change the difference. None is "
-        "trained for as long as is usual for its size, and models in use are at least "
-        "a hundred times larger: these runs cannot tell whether the difference "
-        "persists there. In the figure, each triangle marks a seed with which "
-        "cautious AdamW did not reach AdamW's final loss. The grids of the sizes "
+        "trained for as long as is usual for its size, and most language models in use "
+        "are at least a hundred times larger: these runs cannot tell whether the "
+        "difference persists there. In the figure, each triangle marks a seed with "
+        "which cautious AdamW did not reach AdamW's final loss. The grids of the sizes "
         "differ; the sections above list them and the seeds. The files are "
         f"{_files(name for name in SIZES if name in answers)}.",
         "",
         markdown_table(rows, header),
         "",
-        *_change_with_size(*compared[0], *compared[-1]),
+        "How the difference changes from one size to the next, and from the smallest "
+        "to the largest, with Welch's 95% intervals (these treat the runs of two sizes "
+        "as independent, although they have the same seeds):",
+        "",
+        *_changes(compared),
+        "",
         "![Gain from caution against model size](results/sizes.png)",
         "",
     ]
 
 
-def _change_with_size(
-    small: int, at_small: Comparison, large: int, at_large: Comparison
-) -> list[str]:
-    """Compare the differences at two sizes."""
-    if at_small.diverged or at_large.diverged:
-        return []
-    found = difference_of_differences(at_small, at_large)
-    verdict = "; no change seen" * (found.low <= 0 <= found.high)
-    return [
-        f"The difference at {large:,} parameters minus that at {small:,}, with Welch's "
-        f"95% interval: {_interval(found)}{verdict}.",
-        "",
-    ]
+def _changes(compared: Sequence[tuple[int, Comparison]]) -> list[str]:
+    """List how the difference changes with size."""
+    pairs = [*itertools.pairwise(compared)]
+    if len(compared) > 2:
+        pairs.append((compared[0], compared[-1]))
+    rows = []
+    for (small, at_small), (large, at_large) in pairs:
+        if not (at_small.diverged or at_large.diverged):
+            found = difference_of_differences(at_small, at_large)
+            verdict = "no change seen" if found.low <= 0 <= found.high else ""
+            rows.append([f"{small:,}", f"{large:,}", _interval(found), verdict])
+    header = "from", "to", "change (95% interval)", ""
+    return [markdown_table(rows, header)]
 
 
 def _by_step(answers: Answers, results_dir: Path) -> list[str]:
     """Write the section about differences during training, and draw its figure."""
     compared = [
         (name, c)
-        for name, c in _at_best(answers)
-        if (c.arm.side.caution, c.other.side.caution) == (True, False)
-        and not (c.diverged or c.score)
+        for name, c in _with_and_without(answers)
+        if not (c.diverged or c.score)
     ]
     if not compared:
         return []
@@ -514,7 +563,7 @@ def _times(answers: Answers) -> list[str]:
             ]
             reached = [ratio for ratio in ratios if ratio is not None]
             mean = sum(reached) / len(reached) if reached else 0.0
-            all_reached = len(reached) == len(ratios) and not QUESTIONS[name].score
+            all_reached = 0 < len(reached) == len(ratios) and not QUESTIONS[name].score
             rows.append(
                 [
                     _link(name),
@@ -550,7 +599,7 @@ def _times(answers: Answers) -> list[str]:
         "ratio of times",
     )
     return [
-        "## In time, not steps?",
+        "## Does caution save time as well as steps?",
         "",
         "Both runs of a pair took turns in one process, at most 50 steps at a time. "
         "Seconds per step: the median over the pairs of the runs' median step times. "
@@ -561,9 +610,10 @@ def _times(answers: Answers) -> list[str]:
         "[performance](performance.md#in-a-whole-training-step) has the step times of "
         "all sizes.",
         "",
-        f"The files have {len(runs):,} runs; some are in two files. The "
-        f"{len(timed):,} whose step time was measured took {seconds / 3600:.0f} hours, "
-        "without compilation and evaluation.",
+        f"The files have {len(runs):,} runs. Some are in several files, and some are "
+        "in no table: they were the best points of smaller grids, before these were "
+        f"extended. The {len(timed):,} runs whose step time was measured took "
+        f"{seconds / 3600:.0f} hours, without compilation and evaluation.",
         "",
         markdown_table(rows, header),
         "",

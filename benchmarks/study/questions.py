@@ -209,8 +209,8 @@ QUESTIONS: dict[str, Question] = {
             replace(_CAUTIOUS, grid={"b1": ("0.95", "0.9", "0.98", "0.8", "0.6")}),
         ),
         one_at_a_time=True,
-        note="Tuning starts at the value of b1 that is best for each arm, or tied with "
-        "the best, in the Llama of 1 million parameters.",
+        note="Tuning starts at the value of b1 that is best for each arm in the Llama "
+        "of 1 million parameters.",
     ),
     "size-9m": Question(
         "A Llama of 9 million parameters",
@@ -298,7 +298,7 @@ QUESTIONS: dict[str, Question] = {
         "demo`. [glue.md](glue.md) describes the task, `package`.",
     ),
     "rule-0.3m": Question(
-        "Which part of the rule matters? 0.35 million parameters",
+        "Which part of the rule matters? 0.35 million parameters, b1 0.9",
         _SMALL,
         {"learning_rate": ("0.004", "0.008", "0.016")},
         _FAMILY,
@@ -313,7 +313,7 @@ QUESTIONS: dict[str, Question] = {
         "layers as one leaf, as in Optax, and `stacked` is not set.",
     ),
     "rule": Question(
-        "Which part of the rule matters? 1 million parameters",
+        "Which part of the rule matters? 1 million parameters, b1 0.9",
         _LLAMA,
         {"learning_rate": _OF_DEMO},
         (
@@ -327,7 +327,7 @@ QUESTIONS: dict[str, Question] = {
         "0.35 million parameters. Where b1 is tuned, AdamW is best with 0.8.",
     ),
     "decay": Question(
-        "Does cautious weight decay help, alone and with caution?",
+        "Does cautious weight decay help, alone and with caution? b1 0.9",
         _LLAMA,
         {"learning_rate": _OF_DEMO, "weight_decay": ("0.1", "0.5", "1", "2")},
         _decay_arms(_LOWER_RATES),
@@ -335,7 +335,7 @@ QUESTIONS: dict[str, Question] = {
         drop_in=False,
     ),
     "decay-1": Question(
-        "Does cautious weight decay help at a large decay?",
+        "Does cautious weight decay help at a large decay? b1 0.9",
         _with_rule(LLAMA["demo"], weight_decay=1.0),
         {"learning_rate": (_RATES[0], *_OF_DEMO)},
         _decay_arms(_ADAMW),

@@ -150,7 +150,7 @@ def _compared_at(
     question: Question, arm: Arm, best: Mapping[str, Point]
 ) -> Iterator[Point]:
     """Yield the best point of an arm, and the point where it is dropped in."""
-    titles = [arm.title, *arm.against[: question.drop_in]]
+    titles = [arm.title, *(arm.against[:1] if question.drop_in else ())]
     yield from dict.fromkeys(best[title] for title in titles if title in best)
 
 

@@ -83,7 +83,7 @@ def load_data(
         InputError: if the data cannot be loaded, or do not suit the settings.
     """
     train, validation = read_rows(config)
-    names = label_names(train, head)
+    names = label_names(train, validation, head)
     require(
         len(train) >= config.batch_size,
         f"data: {len(train)} training examples are too few for a batch of "
@@ -126,15 +126,24 @@ def load_data(
     return data
 
 
-def label_names(train: Sequence[Row], head: HeadConfig) -> list[str]:
+def label_names(
+    train: Sequence[Row], validation: Sequence[Row], head: HeadConfig
+) -> list[str]:
     """List the labels in the order of the logits; empty for numbers.
 
     Raises:
-        InputError: if their number differs from ``head.num_labels``.
+        InputError: if the validation data have another label, or if the number of
+            labels differs from ``head.num_labels``.
     """
     if head.num_labels == 1:
         return []
     found = {row.label for row in train}
+    for row in validation:
+        require(
+            row.label in found,
+            f"data: only the validation data have the label {row.label!r}; add "
+            "training examples with it, or change --validation-fraction.",
+        )
     try:
         names = sorted(found, key=int)
     except ValueError:
@@ -168,7 +177,7 @@ def make_examples(
         The stacked examples, and how many were truncated.
 
     Raises:
-        InputError: if a label is not in ``names``, or is not a number.
+        InputError: if a label that must be a number is not.
     """
     count, length = len(rows), config.sequence_length
     texts = zip(*[row.texts for row in rows], strict=True)
@@ -211,11 +220,6 @@ def truncate(parts: Sequence[np.ndarray], room: int) -> list[int]:
 
 def _label(text: str, names: Sequence[str]) -> float:
     if names:
-        if text not in names:
-            raise InputError(
-                f"data: the validation data have the label {text!r}, which is not in "
-                f"the training data ({', '.join(names[:8])})."
-            )
         return names.index(text)
     try:
         number = float(text)

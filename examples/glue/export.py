@@ -38,7 +38,9 @@ def export(source: Source, output_dir: Path) -> None:
     model = config.task.model
     names, start_of_document = read_labels("run_dir", source.run_dir)
     tokenizer = source.run_dir / TOKENIZER_NAME
-    vocabulary = read_vocabulary(tokenizer, start_of_document, model.vocab_size)
+    vocabulary = read_vocabulary(
+        "run_dir", tokenizer, start_of_document, model.vocab_size
+    )
     make_directory("output_dir", output_dir)
     tensors = to_tensors(params)
     tensors["score.weight"] = params["score"]["kernel"].T
@@ -57,6 +59,6 @@ def export(source: Source, output_dir: Path) -> None:
         {**to_config(model, length, vocabulary.start), **head},
         output_dir / "config.json",
     )
-    text = read_text("run_dir", source.run_dir / TOKENIZER_NAME)
+    text = read_text("run_dir", tokenizer)
     save_tokenizer(text, start_of_document, length, output_dir)
     print(f"Wrote the model of step {step} to {output_dir}.")

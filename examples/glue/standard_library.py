@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.training.checks import require
 from examples.training.files import STANDARD_LIBRARY, split_hashes, standard_library
 
 _PACKAGES = (
@@ -50,13 +51,22 @@ def package_rows(validation_fraction: float) -> Rows:
     """Build the task: which package is this snippet of four lines from?
 
     Each snippet is used once, so that none is in both splits.
+
+    Raises:
+        InputError: if a package is not installed.
     """
     rows, taken = Rows([], []), set[str]()
     for package in _PACKAGES:
-        modules = _split(_modules(package), validation_fraction)
+        found = _modules(package)
+        require(
+            len(found) > 1,
+            f"data: this Python lacks its package {package}, which the task needs; "
+            "install it (Debian has python3-tk and idle), or pass --data.",
+        )
+        modules = _split(found, validation_fraction)
         for side, texts, most in zip(rows, modules, (_MOST, _MOST // 3), strict=True):
-            found = {s: None for text in texts.values() for s in _snippets(text)}
-            snippets = [snippet for snippet in found if snippet not in taken]
+            cut = {s: None for text in texts.values() for s in _snippets(text)}
+            snippets = [snippet for snippet in cut if snippet not in taken]
             taken |= {*snippets}
             random.Random(0).shuffle(snippets)
             side += [Row((snippet,), package) for snippet in snippets[:most]]

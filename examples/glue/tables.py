@@ -129,9 +129,16 @@ def _read_table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
     try:
         # Excel starts UTF-8 files with a byte-order mark.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(
+            reader = csv.DictReader(
                 file, delimiter=delimiter, quoting=quoting, strict=True
             )
+            for row in reader:
+                require(
+                    None not in row,
+                    f"data: line {reader.line_num} of {path} has more cells than the "
+                    f"header; quote or replace each {delimiter!r} in its texts.",
+                )
+                yield row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"data: cannot read {path} ({reason(error)}).") from error
 

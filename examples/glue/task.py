@@ -33,7 +33,7 @@ from examples.training.task import (
     Params,
     count_parameters,
 )
-from examples.training.trained import Source, load_trained
+from examples.training.trained import Source, choose_step, load_trained
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class ClassificationTask:
             self.data,
             self.head,
             read_vocabulary(
-                found.tokenizer, found.start_of_document, self.model.vocab_size
+                "from", found.tokenizer, found.start_of_document, self.model.vocab_size
             ),
             read_text("from", found.tokenizer),
             seed,
@@ -196,8 +196,10 @@ def _open(source: Path) -> Pretrained:
         return open_pretrained(source)
     kept = read_labels("from", source)
 
+    choose_step(Source(source), "from")  # There must be a checkpoint.
+
     def load_params() -> Params:
-        return load_trained(Source(source), ClassificationTask).params
+        return load_trained(Source(source), ClassificationTask, "from").params
 
     path = source / CONFIG_NAME
     config = from_json(read_text("from", path), f"from: {path}", ClassificationTask)

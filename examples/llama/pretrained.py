@@ -18,11 +18,11 @@ from examples.llama.data.tokenizer import (
 from examples.llama.task import LlamaTask
 from examples.llama.transformers_files import Pretrained, open_huggingface
 from examples.training.checkpoint import CHECKPOINTS_NAME
-from examples.training.checks import InputError, read_text, require
+from examples.training.checks import read_text, require
 from examples.training.config import from_json
 from examples.training.run_dir import CONFIG_NAME
 from examples.training.task import Params
-from examples.training.trained import Source, load_trained
+from examples.training.trained import Source, choose_step, load_trained
 
 
 def open_pretrained(source: Path) -> Pretrained:
@@ -33,17 +33,14 @@ def open_pretrained(source: Path) -> Pretrained:
     """
     if not (source / CHECKPOINTS_NAME).is_dir():
         return open_huggingface(source)
+    choose_step(Source(source), "from")  # There must be a checkpoint.
     path = source / CONFIG_NAME
     task = from_json(read_text("from", path), f"from: {path}", LlamaTask).task
     tokenizer = source / TOKENIZER_NAME
     require(tokenizer.is_file(), f"from: {tokenizer} does not exist.")
 
     def load_params() -> Params:
-        try:
-            return load_trained(Source(source), LlamaTask).params
-        except InputError as error:
-            why = str(error).removeprefix("run_dir: ")
-            raise InputError(f"from: {why}") from error
+        return load_trained(Source(source), LlamaTask, "from").params
 
     end = task.data.end_of_document
     return Pretrained(task.model, load_params, tokenizer, end, end)
@@ -77,10 +74,13 @@ class Vocabulary(NamedTuple):
         return parts
 
 
-def read_vocabulary(tokenizer: Path, start_of_document: str, size: int) -> Vocabulary:
+def read_vocabulary(
+    setting: str, tokenizer: Path, start_of_document: str, size: int
+) -> Vocabulary:
     """Read the tokenizer of a pretrained model.
 
     Args:
+        setting: the setting that names the model, for error messages.
         tokenizer: the tokenizer.json.
         start_of_document: the special token before each document.
         size: vocabulary size of the model.
@@ -89,15 +89,16 @@ def read_vocabulary(tokenizer: Path, start_of_document: str, size: int) -> Vocab
         InputError: if the tokenizer cannot be read, lacks the special token, or has
             more tokens than the model.
     """
-    require(tokenizer.is_file(), f"from: {tokenizer} does not exist.")
+    require(tokenizer.is_file(), f"{setting}: {tokenizer} does not exist.")
     loaded = load_tokenizer(str(tokenizer))
     require(
         loaded.token_to_id(start_of_document) is not None,
-        f"from: {tokenizer} has no token {start_of_document!r}.",
+        f"{setting}: {tokenizer} has no token {start_of_document!r}.",
     )
     count = text_size(loaded, start_of_document)
     require(
         count <= size,
-        f"from: {tokenizer} has {count} tokens, but the model's vocab_size is {size}.",
+        f"{setting}: {tokenizer} has {count} tokens, but the model's vocab_size is "
+        f"{size}.",
     )
     return Vocabulary(loaded, start_of_document, size)

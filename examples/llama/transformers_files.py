@@ -10,7 +10,11 @@ import numpy as np
 from examples.llama.config import TOKENIZER_NAME, ModelConfig
 from examples.llama.data.tokenizer import load_tokenizer
 from examples.training.checks import InputError, read_text, require
-from examples.training.safetensors_files import load_tensors, save_json
+from examples.training.safetensors_files import (
+    load_tensors,
+    save_json,
+    tensor_files,
+)
 from examples.training.task import Params
 
 
@@ -177,6 +181,8 @@ def open_huggingface(source: Path) -> Pretrained:
         raise InputError(
             f"from: {path} does not describe a Llama ({error!r})."
         ) from error
+
+    tensor_files("from", source)  # They must exist.
 
     def load_params() -> Params:
         params = _from_tensors(load_tensors("from", source), model, source)

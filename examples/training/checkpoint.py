@@ -271,11 +271,7 @@ def load_params(run_dir: Path, like: Params) -> Params:
         InputError: if there is no checkpoint, or it contains another model.
     """
     step = require_weights(run_dir, like)
-    try:
-        return restore_params(run_dir / CHECKPOINTS_NAME, step, like)
-    except InputError as error:
-        why = str(error).removeprefix("step: ")
-        raise InputError(f"from: {why}") from error
+    return restore_params("from", run_dir / CHECKPOINTS_NAME, step, like)
 
 
 def _saved_params(directory: Path, step: int) -> dict[str, Any]:
@@ -292,10 +288,11 @@ def _saved_params(directory: Path, step: int) -> dict[str, Any]:
         ) from error
 
 
-def restore_params(directory: Path, step: int, like: Params) -> Params:
+def restore_params(setting: str, directory: Path, step: int, like: Params) -> Params:
     """Load the parameters of a checkpoint, without the optimizer state.
 
     Args:
+        setting: the setting that names the run, for error messages.
         directory: the directory of a run's checkpoints.
         step: the step of the checkpoint.
         like: the names of the parameters.
@@ -320,7 +317,7 @@ def restore_params(directory: Path, step: int, like: Params) -> Params:
     except Exception as error:
         # As above, damaged files raise errors of any type.
         raise InputError(
-            f"step: the checkpoint of step {step} in {directory} is damaged "
+            f"{setting}: the checkpoint of step {step} in {directory} is damaged "
             f"({reason(error)})."
         ) from error
     params: Params = restored["params"]

@@ -55,7 +55,7 @@ def run_command(
         command = _with_start(function, args, prog, experiment)
         return tyro.cli(command, args=args, prog=prog, config=_OPTIONS)
 
-    return _or_exit(run)
+    return or_exit(run)
 
 
 def _with_start(
@@ -114,7 +114,8 @@ def _overview(program: str, commands: Mapping[str, Callable[..., Any]]) -> str:
     )
 
 
-def _or_exit(run: Callable[[], Any]) -> Any:
+def or_exit(run: Callable[[], Any]) -> Any:
+    """Run a program, and report errors of its user in one line, without a traceback."""
     threading.excepthook = _silence_full_disk(threading.excepthook)
     try:
         return run()

@@ -20,7 +20,7 @@ from examples.training.checks import InputError, make_directory, require
 from examples.training.config import TrainConfig, settings, with_settings
 from examples.training.engine import make_engine
 from examples.training.history import History, Run, Side, write_point
-from examples.training.loop import is_over, load_run_data, training
+from examples.training.loop import is_finished, is_over, load_run_data, training
 from examples.training.optimizers import OF_CAUTION, OptimizerName
 from examples.training.processes import preemption
 from examples.training.run_dir import open_run
@@ -117,7 +117,8 @@ def require_trainable(runs: Mapping[Run, TrainConfig[Any]], output_dir: Path) ->
         directory = output_dir / run.name
         if directory.is_dir():
             open_run(config, directory)
-        if config.from_run is not None and not is_loadable(directory):
+        begins = not (is_loadable(directory) or is_finished(directory, config.steps))
+        if config.from_run is not None and begins:
             config.task.check_source(config.from_run)
 
 
@@ -190,7 +191,7 @@ def _take_turns(
     trainings: dict[Run, Generator[list[log.Record]]] = {}
     for run in group:
         directory, data = output_dir / run.name, None
-        if not is_over(log.read(directory), runs[run].steps):
+        if not is_finished(directory, runs[run].steps):
             data = load_data(runs[run], directory)
         trainings[run] = training(runs[run], directory, data, stop)
     ends: dict[Run, log.Record] = {}
@@ -250,30 +251,30 @@ def compare(
         print("Each optimizer is trained with and without caution.")
     runs = plan(optimizers, swept, (config.seed,) if seeds is None else seeds, config)
     make_directory("output_dir", output_dir)
-    with _naming_output_dir():
+    with run_dirs_are_in("--output-dir"):
         require_trainable(runs, output_dir)
     if "learning_rate" not in swept:
         rates = {f"{c.learning_rate:g} for {run.side.title}" for run, c in runs.items()}
         print(f"Learning rates: {', '.join(sorted(rates))}.")
-    with _naming_output_dir():
+    with run_dirs_are_in("--output-dir"):
         finished = run_all(runs, list(swept), output_dir, together)
     if not finished:
         print("Stopped. Run the same command to resume.")
         return
     histories = [history.read_history(run, output_dir / run.name) for run in runs]
     files = report.write(histories, list(runs.values()), output_dir)
-    print(f"\n{(output_dir / report.TEXT_NAME).read_text()}")
+    print(f"\n{(output_dir / report.TEXT_NAME).read_text('utf-8')}")
     files += show_best(histories, runs, output_dir)
     print(f"Wrote {', '.join(file.name for file in files)} to {output_dir}.")
 
 
 @contextmanager
-def _naming_output_dir() -> Iterator[None]:
-    """Name --output-dir in errors about the directory of a run."""
+def run_dirs_are_in(option: str) -> Iterator[None]:
+    """Name this option instead of --run-dir in errors about the directory of a run."""
     try:
         yield
     except InputError as error:
-        message = str(error).replace("--run-dir", "--output-dir")
+        message = str(error).replace("--run-dir", option)
         raise InputError(message) from error
 
 

@@ -184,6 +184,10 @@ def make_engine(config: TrainConfig[Any], devices: Any = None) -> Engine:
     Raises:
         InputError: if the settings do not fit each other or the devices.
     """
+    require(
+        config.optimizer.weight_decay > 0 or not config.optimizer.cautious_decay,
+        "cautious_decay has no effect without weight decay; pass --weight-decay.",
+    )
     if config.optimizer.exempt:
         _require_parameters(config)
     engine = Engine(config, make_mesh(config, devices))

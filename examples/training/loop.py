@@ -202,9 +202,9 @@ def _steps(
         yield records, state, saving
         if stopping or last:
             return
+        speed.start(step)
         # After the save, which stores the position in the data.
         batch = engine.put_batch(next(batches))
-        speed.start(step)
 
 
 def is_over(records: list[log.Record], steps: int) -> bool:
@@ -212,6 +212,12 @@ def is_over(records: list[log.Record], steps: int) -> bool:
     return bool(records) and (
         records[-1]["step"] == steps or bool(records[-1].get("diverged"))
     )
+
+
+def is_finished(run_dir: Path, steps: int) -> bool:
+    """Return whether a run is over and its last step is saved."""
+    records = log.read(run_dir)
+    return is_over(records, steps) and is_saved(records, run_dir)
 
 
 def load_run_data(config: TrainConfig[Any], source: Path | None = None) -> Data:

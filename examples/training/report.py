@@ -337,7 +337,7 @@ def write(
     files = [directory / TEXT_NAME, directory / "report.csv"]
     write_csv(histories, files[1])
     histories = short_paths(histories)
-    files[0].write_text(text(histories, configs))
+    files[0].write_text(text(histories, configs), "utf-8")
     for name, plot in (
         ("report.png", plots.plot),
         ("aligned.png", plots.plot_aligned),

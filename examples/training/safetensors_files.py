@@ -81,18 +81,18 @@ def _file_names(count: int) -> Iterator[str]:
 
 def save_json(content: Any, path: Path) -> None:
     """Write human-readable JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def load_tensors(setting: str, directory: Path) -> dict[str, np.ndarray]:
-    """Load model.safetensors, or the files that its index lists, as float32.
+def tensor_files(setting: str, directory: Path) -> list[Path]:
+    """List model.safetensors, or the files that its index lists.
 
     Args:
         setting: the setting that names the directory, for error messages.
         directory: the directory of the model.
 
     Raises:
-        InputError: if files are missing or cannot be read.
+        InputError: if files are missing.
     """
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
@@ -102,14 +102,28 @@ def load_tensors(setting: str, directory: Path) -> dict[str, np.ndarray]:
             files = sorted({*listed.values()})
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise InputError(f"{setting}: {index} lists no files.") from error
-    tensors: dict[str, np.ndarray] = {}
-    for file in files:
-        path = directory / file
+    paths = [directory / file for file in files]
+    for path in paths:
         require(
             path.is_file(),
             f"{setting}: {path} does not exist; pass a directory with a model in "
             "safetensors format.",
         )
+    return paths
+
+
+def load_tensors(setting: str, directory: Path) -> dict[str, np.ndarray]:
+    """Load the tensors of a model as float32.
+
+    Args:
+        setting: the setting that names the directory, for error messages.
+        directory: the directory of the model.
+
+    Raises:
+        InputError: if files are missing or cannot be read.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for path in tensor_files(setting, directory):
         try:
             # Loaded by JAX, because NumPy has no bfloat16.
             with jax.default_device(jax.local_devices(backend="cpu")[0]):

@@ -10,10 +10,9 @@ from tqdm import tqdm
 from examples.training import log
 from examples.training.checks import InputError, require
 from examples.training.config import TrainConfig, identity
-from examples.training.loop import is_over, training
+from examples.training.loop import is_finished, is_over, training
 from examples.training.optimizers import OPTIMIZERS
 from examples.training.processes import Processes, preemption
-from examples.training.run_dir import is_saved
 from examples.training.task import Task, count_parameters
 
 
@@ -48,10 +47,6 @@ def train(
     """
     rate, task = config.learning_rate, config.task
     require(profile >= 0, f"profile must be at least 0, got {profile}.")
-    require(
-        config.optimizer.weight_decay > 0 or not config.optimizer.cautious_decay,
-        "cautious_decay has no effect without weight decay; pass --weight-decay.",
-    )
     processes.join()
     run_dir = run_dir or default_run_dir(config)
     is_main = jax.process_index() == 0
@@ -63,8 +58,7 @@ def train(
             flush=True,
         )
         warn_of_a_high_rate(config)
-    before = log.read(run_dir)
-    over_before = is_over(before, config.steps) and is_saved(before, run_dir)
+    was_finished = is_finished(run_dir, config.steps)
     last: log.Record = {}
     bar = tqdm(total=config.steps, desc="Compiling", unit="step", disable=not is_main)
     with bar, preemption() as stop:
@@ -84,7 +78,7 @@ def train(
             "may help."
         )
     if is_over([last], config.steps):
-        over = "was already finished" if over_before else "is finished"
+        over = "was already finished" if was_finished else "is finished"
         print(f"The run {over}: {summary(last, task)}, in {run_dir}")
     else:
         print(f"Stopped: step {last['step']} is saved. Run the same command to resume.")

@@ -42,8 +42,13 @@ class Trained(NamedTuple, Generic[T]):
     """In host memory."""
 
 
-def load_trained(source: Source, task: type[T]) -> Trained[T]:
+def load_trained(source: Source, task: type[T], setting: str = "run_dir") -> Trained[T]:
     """Load the parameters of a run, without the optimizer state.
+
+    Args:
+        source: the checkpoint.
+        task: the class of the run's task.
+        setting: the setting that names the run, for error messages.
 
     Raises:
         InputError: if the run or the checkpoint does not exist.
@@ -51,12 +56,12 @@ def load_trained(source: Source, task: type[T]) -> Trained[T]:
     path = source.run_dir / CONFIG_NAME
     require(
         path.exists(),
-        f"run_dir: {source.run_dir} contains no run: {path} does not exist.",
+        f"{setting}: {source.run_dir} contains no run: {path} does not exist.",
     )
-    config = from_json(read_text("run_dir", path), str(path), task)
-    step = choose_step(source)
+    config = from_json(read_text(setting, path), f"{setting}: {path}", task)
+    step = choose_step(source, setting)
     like = jax.eval_shape(lambda: config.task.init(0))
-    params = restore_params(source.run_dir / CHECKPOINTS_NAME, step, like)
+    params = restore_params(setting, source.run_dir / CHECKPOINTS_NAME, step, like)
     return Trained(config, step, params)
 
 
@@ -77,8 +82,12 @@ def is_loadable(run_dir: Path) -> bool:
     return bool(saved_steps(run_dir / CHECKPOINTS_NAME))
 
 
-def choose_step(source: Source) -> int:
+def choose_step(source: Source, setting: str = "run_dir") -> int:
     """Return the step of the requested checkpoint.
+
+    Args:
+        source: the checkpoint.
+        setting: the setting that names the run, for error messages.
 
     Raises:
         InputError: if the checkpoint does not exist.
@@ -89,7 +98,7 @@ def choose_step(source: Source) -> int:
     )
     directory = source.run_dir / CHECKPOINTS_NAME
     steps = saved_steps(directory)
-    require(bool(steps), f"run_dir: there is no checkpoint in {directory}.")
+    require(bool(steps), f"{setting}: there is no checkpoint in {directory}.")
     if source.step is not None:
         require(
             source.step in steps,

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -143,7 +144,7 @@ def exported(exported_once, tmp_path):
 def vocabulary(pretrained):
     found = open_pretrained(pretrained[0])
     return read_vocabulary(
-        found.tokenizer, found.start_of_document, found.model.vocab_size
+        "from", found.tokenizer, found.start_of_document, found.model.vocab_size
     )
 
 
@@ -176,7 +177,8 @@ def test_no_module_is_in_both_splits(monkeypatch):
         for row in side:
             counts[row.label] += 1
         assert min(counts.values()) >= 10
-    assert not {*rows.train} & {*rows.validation}
+    train_texts, validation_texts = ({row.texts for row in side} for side in rows)
+    assert not train_texts & validation_texts
     assert not any(
         re.search(r"^\s*(import|from) ", row.texts[0], re.MULTILINE)
         for side in rows
@@ -184,8 +186,19 @@ def test_no_module_is_in_both_splits(monkeypatch):
     )
 
 
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    packages = (*standard_library._PACKAGES, "absent")
+    monkeypatch.setattr(standard_library, "_PACKAGES", packages)
+    with pytest.raises(InputError, match="this Python lacks its package absent"):
+        package_rows.__wrapped__(0.2)
+
+
 def test_half_of_the_docstrings_are_swapped():
-    for side in docstring_rows(0.2):
+    rows = docstring_rows(0.2)
+    for i in (0, 1):
+        train_texts, validation_texts = ({r.texts[i] for r in side} for side in rows)
+        assert not train_texts & validation_texts
+    for side in rows:
         own = {row.texts for row in side if row.label == "own"}
         other = {row.texts for row in side if row.label != "own"}
         assert len(own) == len(other) > 100
@@ -239,8 +252,37 @@ def test_the_longer_text_is_truncated(sizes, room, kept):
 
 def test_numeric_labels_are_in_numeric_order():
     rows = [Row(("",), label) for label in ("10", "9", "-1", "9")]
-    assert label_names(rows, HeadConfig(3)) == ["-1", "9", "10"]
-    assert label_names(rows, HeadConfig(1)) == []
+    assert label_names(rows, [], HeadConfig(3)) == ["-1", "9", "10"]
+    assert label_names(rows, [], HeadConfig(1)) == []
+
+
+def test_a_repeated_text_is_in_one_split(pretrained, tmp_path):
+    """Whatever its label."""
+    repeated = [(f"text {i % 20}", f"{i % 3}") for i in range(200)]
+    path = write_table(tmp_path / "rows.csv", repeated)
+    rows = read_rows(glue_config(pretrained, path).task.data)
+    assert [len({row.texts for row in side}) for side in rows] == [16, 4]
+    assert sum(map(len, rows)) == 200
+
+
+def test_processes_share_each_batch(pretrained, table):
+    task = glue_config(pretrained, table).task
+
+    def batches(process, processes):
+        data = task.load(0, process, processes, pretrained[0])
+        return [*itertools.islice(data.train, 9)], data.validation
+
+    (whole, validation), *parts = (batches(*of) for of in ((0, 1), (0, 2), (1, 2)))
+    for i, batch in enumerate(whole):
+        for name, expected in batch.items():
+            found = [train[i][name] for train, _ in parts]
+            assert [len(rows) for rows in found] == [4, 4]
+            interleaved = np.stack(found, axis=1).reshape(expected.shape)
+            np.testing.assert_array_equal(interleaved, expected)
+    for name, expected in validation.items():
+        found = [part[name] for _, part in parts]
+        interleaved = np.stack(found, axis=2).reshape(expected.shape)
+        np.testing.assert_array_equal(interleaved, expected)
 
 
 def test_the_loss_is_the_mean_over_all_examples(pretrained, table):
@@ -435,49 +477,55 @@ def test_checkpoints_as_transformers_writes_them(tied, dtype, pretrained, export
 
 
 @pytest.mark.parametrize(
-    ("header", "rows", "data", "message"),
+    ("header", "rows", "message"),
     [
         (
             ("texts", "label"),
             some_rows,
-            {},
             "text_columns: .* no column 'text' of text",
         ),
         (
             ("text", "labels"),
             some_rows,
-            {},
             "label_column: .* no column 'label' of lab",
         ),
-        (("text", "label"), lambda: [], {}, "has no rows"),
-        (("text", "label"), lambda: [("a", "b")], {}, "has only one distinct text"),
+        (("text", "label"), lambda: [], "has no rows"),
+        (("text", "label"), lambda: [("a", "b")], "has only one distinct text"),
         (
             ("text", "label"),
             lambda: [(f"text {i}", f"{i % 4}") for i in range(40)],
-            {},
             r"num_labels is 3, but .* 4 labels \(0, 1, 2, 3\); pass --num-labels 4",
         ),
         (
             ("text", "label"),
             lambda: list(some_rows(9)),
-            {},
             "training examples are too few for a batch of 8",
+        ),
+        (
+            ("text", "label"),
+            lambda: [("hello", " world", "1"), *some_rows()],
+            "line 2 of .* has more cells than the header; quote or replace each ','",
+        ),
+        (
+            ("label", "text"),
+            lambda: [*(row[::-1] for row in some_rows(9)), ("1", "hello", " world")],
+            "line 11 of .* has more cells than the header; quote or replace each ','",
         ),
     ],
 )
-def test_unsuitable_tables_are_refused(
-    header, rows, data, message, pretrained, tmp_path
-):
+def test_unsuitable_tables_are_refused(header, rows, message, pretrained, tmp_path):
     path = write_table(tmp_path / "rows.csv", rows(), header)
-    config = glue_config(pretrained, path, **data)
+    config = glue_config(pretrained, path)
     with pytest.raises(InputError, match=message):
         config.task.load(0, 0, 1, config.from_run)
 
 
 def test_unknown_labels_are_refused(vocabulary):
-    message = r"have the label 'c', which is not in the training data \(a, b\)"
-    with pytest.raises(InputError, match=message):
-        make_examples([Row(("a",), "c")], ["a", "b"], vocabulary, DataConfig())
+    train, validation = ([Row(("a",), label) for label in s] for s in ("ab", "abc"))
+    message = "only the validation data have the label 'c'; .* --validation-fraction"
+    for count in (2, 3):  # Whichever number is given.
+        with pytest.raises(InputError, match=message):
+            label_names(train, validation, HeadConfig(count))
     with pytest.raises(InputError, match=r"'c' is not a number; .* pass --num-labels"):
         make_examples([Row(("a",), "c")], [], vocabulary, DataConfig())
 
@@ -676,6 +724,10 @@ def test_a_comparison_resumes_without_the_pretrained_model(
     try:
         compare.require_trainable({run: config}, tmp_path)
         assert compare.run_all({run: config}, (), tmp_path, together=True)
+        # Nor does a finished run without checkpoints need it.
+        shutil.rmtree(tmp_path / run.name / "checkpoints")
+        compare.require_trainable({run: config}, tmp_path)
+        assert compare.run_all({run: config}, (), tmp_path, together=True)
     finally:
         gone.rename(pretrained[0])
     losses = [record["loss"] for record in log.read(tmp_path / run.name)]
@@ -782,27 +834,35 @@ def test_generating_from_a_classifier_is_refused(pretrained, table, tmp_path):
 
 
 def test_all_pretrained_models_are_checked_before_the_first_run(
-    pretrained, table, tmp_path
+    pretrained, exported, table, tmp_path
 ):
     file = tmp_path / "config.json"
     file.write_text(to_json(glue_config(pretrained, table)))
     out = tmp_path / "out"
-    with pytest.raises(SystemExit, match="contains neither checkpoints of a run nor "):
-        run_glue(
-            "compare",
-            *("--config-file", file, "--output-dir", out),
-            *("--sweep", f"from={pretrained[0]},{tmp_path / 'absent'}"),
-        )
-    assert not list(out.iterdir())
+    killed = shutil.copytree(pretrained[0], tmp_path / "killed")
+    shutil.rmtree(killed / "checkpoints" / "2")
+    (exported / "model.safetensors").unlink()
+    for source, message in (
+        (tmp_path / "absent", "contains neither checkpoints of a run nor a config.js"),
+        (killed, "from: there is no checkpoint in "),
+        (exported, "from: .*model.safetensors does not exist"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_glue(
+                "compare",
+                *("--config-file", file, "--output-dir", out),
+                *("--sweep", f"from={pretrained[0]},{source}"),
+            )
+        assert not list(out.iterdir())
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(pretrained):
     found = open_pretrained(pretrained[0])
     size = found.model.vocab_size
     with pytest.raises(InputError, match=f"has {size} tokens, .* vocab_size is 300"):
-        read_vocabulary(found.tokenizer, found.start_of_document, 300)
+        read_vocabulary("from", found.tokenizer, found.start_of_document, 300)
     with pytest.raises(InputError, match="has no token '<s>'"):
-        read_vocabulary(found.tokenizer, "<s>", size)
+        read_vocabulary("from", found.tokenizer, "<s>", size)
 
 
 def test_skipped_validation_examples_are_reported(pretrained, table, capsys):

@@ -76,7 +76,7 @@ def test_logits_match_transformers(labels, tmp_path):
     export(Source(run_dir), tmp_path / "out")
     task, _, params = load_trained(Source(run_dir), ClassificationTask)
     vocabulary = read_vocabulary(
-        run_dir / "tokenizer.json", "<|endoftext|>", MODEL.vocab_size
+        "run_dir", run_dir / "tokenizer.json", "<|endoftext|>", MODEL.vocab_size
     )
     rows = [Row((text,), "0") for text in TEXTS]
     names = [str(i) for i in range(labels)] if labels > 1 else []

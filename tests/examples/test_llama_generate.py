@@ -387,8 +387,9 @@ def test_a_damaged_checkpoint(params, tmp_path):
     directory = tmp_path / "checkpoints"
     (directory / "3" / "state").mkdir(parents=True)
     (directory / "3" / "state" / "_METADATA").write_text("{")
-    with pytest.raises(InputError, match=r"the checkpoint of step 3 in .* is damaged"):
-        restore_params(directory, 3, params)
+    message = r"^run_dir: the checkpoint of step 3 in .* is damaged"
+    with pytest.raises(InputError, match=message):
+        restore_params("run_dir", directory, 3, params)
 
 
 def copy_run(run_dir, target, *names):

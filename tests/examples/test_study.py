@@ -264,6 +264,7 @@ def test_a_page_is_drawn_if_an_arm_diverges_everywhere(
     text = (tmp_path / "results.md").read_text()
     assert "diverged at every point" in text
     assert "inf" not in text
+    assert "0.00" not in text.split("save time as well as steps?")[1]
     assert ("results/a.png" in text) == (tmp_path / "a.png").exists()
 
 
@@ -280,6 +281,8 @@ def test_arms_with_the_same_losses_are_reported():
         "follow has the same loss as AdamW at every evaluation in 3 of 7 pairs of runs "
         "with the same grid point and seed.",
     ]
+    at_once = [replace(h, evaluations=(), diverged_at=1) for h in answered()]
+    assert outcomes.equal_arms(QUESTION, at_once) == []
 
 
 def test_runs_that_answer_two_questions_are_summarized_once(tmp_path, monkeypatch):
@@ -501,7 +504,7 @@ def test_a_page_of_answers_is_drawn(tmp_path, monkeypatch):
         "In short",
         "Does the effect grow or shrink",
         "Does the difference last?",
-        "In time, not steps?",
+        "Does caution save time as well as steps?",
     ):
         assert f"## {title}" in text
     short = text.split("## In short")[1].split("\n## ")[0]
@@ -542,8 +545,8 @@ def test_variants_that_are_better_at_all_sizes_come_first(tmp_path, monkeypatch)
     zero = "with intervals that exclude zero"
     assert f"{zero}: follow.**" in draw([2.6, 2.6])
     text = draw([2.6, 2.9])
-    assert f"{zero}: none.**" in text
-    assert "Lower at one of them: follow (1,068,928)." in text
+    assert f"{zero}: none.** Tried at both: follow." in text
+    assert "These end lower at one of them: follow (1,068,928)." in text
 
 
 def test_differences_at_each_step_are_paired_by_seed():

@@ -689,15 +689,20 @@ def test_a_full_disk_is_reported_once(monkeypatch, capsys):
         wrap()
 
     with pytest.raises(SystemExit, match=r"^error: no space left on the disk"):
-        command_line._or_exit(run)
+        command_line.or_exit(run)
     assert [str(error) for error in errors] == ["the compiler has run out of memory"]
     assert capsys.readouterr().err == ""
 
 
 def test_cautious_decay_without_decay_is_rejected(config, tmp_path):
     arguments = as_arguments(config, tmp_path, tmp_path / "run")
-    with pytest.raises(SystemExit, match=r"^error: cautious_decay has no effect with"):
+    message = r"^error: cautious_decay has no effect without weight decay"
+    with pytest.raises(SystemExit, match=message):
         run_command("train", [*arguments, "--cautious-decay"])
+    assert not (tmp_path / "run").exists()
+    both = [*arguments[:2], "--output-dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=message):
+        run_command("compare", [*both, "--sweep", "cautious_decay=false,true"])
 
 
 # Traces
