@@ -61,19 +61,19 @@ def plot_differences_by_step(
     """Plot the difference in validation loss during training.
 
     Args:
-        compared: pairs of a name for the legend and a comparison whose runs were
+        compared: pairs of what was trained and a comparison whose runs were
             evaluated at the same steps and did not diverge.
         path: the file to write.
     """
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     panel = figure.subplots()
     late: list[float] = []
-    for name, comparison in compared:
+    for model, comparison in compared:
         by_step = comparison.differences_by_step
         shares = [step / max(by_step) for step in by_step]
         means = [statistics.fmean(values) for values in by_step.values()]
         late += means[len(means) // 6 :]
-        panel.plot(shares, means, label=f"{name}: {comparison.arm.title}")
+        panel.plot(shares, means, label=f"{comparison.arm.title} ({model})")
     panel.axhline(0, color="black", linewidth=1)
     # The steep start would flatten the rest.
     panel.set_ylim(min(late) - 0.02, max(0.0, *late) + 0.02)

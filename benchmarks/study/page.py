@@ -513,7 +513,8 @@ def _by_step(answers: Answers, results_dir: Path) -> list[str]:
     ]
     if not compared:
         return []
-    plot_differences_by_step(compared, results_dir / "during.png")
+    named = [(QUESTIONS[name].model, c) for name, c in compared]
+    plot_differences_by_step(named, results_dir / "during.png")
     rows = [
         [
             _link(name),

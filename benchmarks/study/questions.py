@@ -44,6 +44,8 @@ class Question:
     """Arms that are tuned on one grid and then compared."""
 
     title: str
+    model: str
+    """What is trained, in a few words, for legends."""
     config: TrainConfig[Any]
     grid: Grid
     arms: tuple[Arm, ...]
@@ -181,6 +183,7 @@ def _after(pretrained: str, caution: bool, against: tuple[str, ...]) -> Arm:
 QUESTIONS: dict[str, Question] = {
     "adamw": Question(
         "Does caution help AdamW when both are tuned?",
+        "Llama, 1 million",
         _LLAMA,
         {
             "learning_rate": _OF_DEMO,
@@ -190,6 +193,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "size-0.3m": Question(
         "A Llama of 0.35 million parameters",
+        "Llama, 0.35 million",
         _SMALL,
         {
             "learning_rate": (*_RATES, "0.016", "0.032"),
@@ -199,6 +203,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "size-4m": Question(
         "A Llama of 4 million parameters",
+        "Llama, 4 million",
         _sized(256, 688, 4, 8, 4),
         {
             "learning_rate": ("0.0005", "0.001", "0.0015", "0.002", "0.004"),
@@ -214,6 +219,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "size-9m": Question(
         "A Llama of 9 million parameters",
+        "Llama, 9 million",
         _sized(384, 1032, 5, 8, 4),
         {
             "learning_rate": ("0.0005", "0.001", "0.0015", "0.002"),
@@ -230,6 +236,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "lion": Question(
         "Does caution help Lion?",
+        "Llama, 1 million",
         _LLAMA,
         {
             "learning_rate": ("0.00025", "0.0005", "0.001", "0.002"),
@@ -242,6 +249,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "lion-0.98": Question(
         "Does caution help Lion with b2 0.98?",
+        "Llama, 1 million, b2 0.98",
         _with_rule(LLAMA["demo"], b2=0.98),
         {
             "learning_rate": ("0.00025", "0.0005", "0.001", "0.002"),
@@ -253,6 +261,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "muon": Question(
         "Does caution help Muon?",
+        "Llama, 1 million",
         _LLAMA,
         {
             "learning_rate": ("0.004", "0.008", "0.016", "0.032"),
@@ -272,6 +281,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "mae": Question(
         "Does caution help a masked autoencoder?",
+        "masked autoencoder",
         _MAE,
         {"learning_rate": _RATES, "b1": (*_B1, "0.6", "0.4")},
         _with_and_without(),
@@ -279,6 +289,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "glue": Question(
         "Does caution help in fine-tuning?",
+        "fine-tuned Llama",
         replace(GLUE["package"], checkpoint_every=GLUE["package"].steps),
         {"learning_rate": ("0.0005", "0.001", "0.002", "0.004", "0.008")},
         (
@@ -299,6 +310,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "rule-0.3m": Question(
         "Which part of the rule matters? 0.35 million parameters, b1 0.9",
+        "Llama, 0.35 million, b1 0.9",
         _SMALL,
         {"learning_rate": ("0.004", "0.008", "0.016")},
         _FAMILY,
@@ -314,6 +326,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "rule": Question(
         "Which part of the rule matters? 1 million parameters, b1 0.9",
+        "Llama, 1 million, b1 0.9",
         _LLAMA,
         {"learning_rate": _OF_DEMO},
         (
@@ -328,6 +341,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "decay": Question(
         "Does cautious weight decay help, alone and with caution? b1 0.9",
+        "Llama, 1 million, b1 0.9, decay tuned",
         _LLAMA,
         {"learning_rate": _OF_DEMO, "weight_decay": ("0.1", "0.5", "1", "2")},
         _decay_arms(_LOWER_RATES),
@@ -336,6 +350,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "decay-1": Question(
         "Does cautious weight decay help at a large decay? b1 0.9",
+        "Llama, 1 million, b1 0.9, decay 1",
         _with_rule(LLAMA["demo"], weight_decay=1.0),
         {"learning_rate": (_RATES[0], *_OF_DEMO)},
         _decay_arms(_ADAMW),

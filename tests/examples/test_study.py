@@ -37,6 +37,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 BASE, CAUTIOUS = Side("adamw", False), Side("adamw", True)
 QUESTION = Question(
     "Does it help?",
+    "a model",
     QUESTIONS["adamw"].config,
     {"learning_rate": ("0.001", "0.002", "0.004")},
     (
