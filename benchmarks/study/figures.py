@@ -28,7 +28,7 @@ def plot_differences(compared: Sequence[Comparison], path: Path, what: str) -> N
     panels = figure.subplots(1, len(others), sharey=True, squeeze=False)[0]
     for panel, other in zip(panels, others, strict=True):
         for comparison in compared:
-            if comparison.other.title != other or comparison.dropped_in:
+            if comparison.other.title != other or comparison.settings_of:
                 continue
             mean, low, high = comparison.difference
             panel.errorbar(

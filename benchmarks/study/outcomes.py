@@ -43,9 +43,9 @@ class Comparison:
     own: Group
     """The runs of the arm."""
     others: Group
-    """The runs of the other arm, at its best point."""
-    dropped_in: bool
-    """Whether the arm runs at the other's best point instead of its own."""
+    """The runs of the other arm."""
+    settings_of: Arm | None
+    """The arm at whose best point both run. None: each runs at its own best point."""
     score: str
     """The compared score; empty for the validation loss."""
 
@@ -133,21 +133,22 @@ def compare_all(question: Question, histories: Sequence[History]) -> list[Compar
         for title in arm.against:
             if not {arm.title, title} <= best.keys():
                 continue
-            points = [best[arm.title]]
-            if question.drop_in and title == arm.against[0]:
-                points.insert(0, best[title])
-            others = group_at(question, arms[title], best[title], histories)
-            comparisons += [
-                Comparison(
-                    arm,
-                    arms[title],
-                    group_at(question, arm, point, histories),
-                    others,
-                    point != best[arm.title],
-                    question.score,
+            other = arms[title]
+            both_at: list[Arm | None] = [None]
+            if title == arm.against[0] and best[arm.title] != best[title]:
+                both_at = [
+                    *([other] if question.drop_in else []),
+                    None,
+                    *([arm] if question.drop_out else []),
+                ]
+            for settings_of in both_at:
+                own, others = (
+                    group_at(question, of, best[(settings_of or of).title], histories)
+                    for of in (arm, other)
                 )
-                for point in dict.fromkeys(points)
-            ]
+                comparisons.append(
+                    Comparison(arm, other, own, others, settings_of, question.score)
+                )
     return comparisons
 
 

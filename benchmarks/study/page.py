@@ -31,6 +31,7 @@ from benchmarks.study.questions import (
     RULES,
     SIZES,
     TUNING_SEED,
+    Arm,
     Question,
 )
 from benchmarks.study.run import best_points, group_at, tuning_points
@@ -153,8 +154,10 @@ def table(question: Question, histories: Sequence[History]) -> str:
             rows.append([*_arm_cells(arm.title, group, question.score), *[""] * 5])
         rows += [
             [
-                *_arm_cells(_title(comparison), comparison.own, question.score),
-                comparison.other.title,
+                *_arm_cells(
+                    _title(comparison, comparison.arm), comparison.own, question.score
+                ),
+                _title(comparison, comparison.other),
                 *_difference_cells(comparison),
                 *(
                     _difference_cells(replace(comparison, score=""))
@@ -167,10 +170,11 @@ def table(question: Question, histories: Sequence[History]) -> str:
     return markdown_table([row[: len(header)] for row in rows], header)
 
 
-def _title(comparison: Comparison) -> str:
-    if comparison.dropped_in:
-        return f"{comparison.arm.title}, at the settings of {comparison.other.title}"
-    return comparison.arm.title
+def _title(comparison: Comparison, arm: Arm) -> str:
+    of = comparison.settings_of
+    if of is None or of == arm:
+        return arm.title
+    return f"{arm.title}, at the settings of {of.title}"
 
 
 def _arm_cells(title: str, group: Group, score: str) -> list[str]:
@@ -216,7 +220,7 @@ def _at_best(answers: Answers) -> list[tuple[str, Comparison]]:
     for name, histories in answers.items():
         for comparison in compare_all(QUESTIONS[name], histories):
             first = comparison.other.title == comparison.arm.against[0]
-            if first and not comparison.dropped_in:
+            if first and comparison.settings_of is None:
                 runs = [h.evaluations for h in (*comparison.own, *comparison.others)]
                 titles = comparison.arm.title, comparison.other.title
                 found.setdefault((*titles, comparison.score, *runs), (name, comparison))
@@ -310,7 +314,7 @@ def _better_variants(answers: Answers) -> tuple[list[str], list[str]]:
         {
             c.arm.title: c.verdict
             for c in compare_all(QUESTIONS[name], answers[name])
-            if c.other.title == PUBLISHED and not c.dropped_in
+            if c.other.title == PUBLISHED and c.settings_of is None
         }
         for name in RULES
     ]
@@ -396,7 +400,8 @@ def _section(
         ]
     if has_maps:
         tuning = [h for h in histories if h.run.seed == TUNING_SEED]
-        curves = [run for c in compared[-1:] for run in (*c.others, *c.own)]
+        tuned = [c for c in compared if c.settings_of is None]
+        curves = [run for c in tuned[-1:] for run in (*c.others, *c.own)]
         plots.plot(tuning, figure, curves=curves)
     elif compared:
         plot_differences(compared, figure, question.score or "validation loss")
@@ -440,7 +445,7 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
             question = QUESTIONS[name]
             count = count_parameters(question.config.task)
             found = compare_all(question, answers[name])
-            compared += [(count, c) for c in found if not c.dropped_in]
+            compared += [(count, c) for c in found if c.settings_of is None]
     if len(compared) < 2:
         return []
     plot_sizes(compared, results_dir / "sizes.png")
@@ -559,7 +564,7 @@ def _times(answers: Answers) -> list[str]:
             ratios = [
                 ratio
                 for c in compared
-                if (c.arm, c.other) == (found.arm, found.other) and not c.dropped_in
+                if (c.arm, c.other, c.settings_of) == (found.arm, found.other, None)
                 for ratio in c.ratios
             ]
             reached = [ratio for ratio in ratios if ratio is not None]

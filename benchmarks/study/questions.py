@@ -56,6 +56,9 @@ class Question:
     drop_in: bool = True
     """Whether to also train each arm at the best point of the first arm that it is
     compared with, which shows the effect of turning on caution without retuning."""
+    drop_out: bool = False
+    """Whether to also train that first arm at the best point of the other, which shows
+    the effect of turning off caution without retuning."""
     seeds: tuple[int, ...] = SEEDS
     pretraining: TrainConfig[Any] | None = None
     """Settings of the models from which the runs start, in ``PRETRAINED``."""
@@ -214,6 +217,7 @@ QUESTIONS: dict[str, Question] = {
             replace(_CAUTIOUS, grid={"b1": ("0.95", "0.9", "0.98", "0.8", "0.6")}),
         ),
         one_at_a_time=True,
+        drop_out=True,
         note="Tuning starts at the value of b1 that is best for each arm in the Llama "
         "of 1 million parameters.",
     ),
@@ -253,7 +257,7 @@ QUESTIONS: dict[str, Question] = {
         _with_rule(LLAMA["demo"], b2=0.98),
         {
             "learning_rate": ("0.00025", "0.0005", "0.001", "0.002"),
-            "b1": ("0.8", "0.6", "0.9", "0.95"),
+            "b1": ("0.8", "0.6", "0.9", "0.95", "0.4"),
         },
         _with_and_without("lion"),
         one_at_a_time=True,

@@ -149,8 +149,14 @@ def _has_all(path: Path, runs: Runs) -> bool:
 def _compared_at(
     question: Question, arm: Arm, best: Mapping[str, Point]
 ) -> Iterator[Point]:
-    """Yield the best point of an arm, and the point where it is dropped in."""
-    titles = [arm.title, *(arm.against[:1] if question.drop_in else ())]
+    """Yield the best point of an arm, and those of others at which it is compared."""
+    titles = [arm.title]
+    if question.drop_in:
+        titles += arm.against[:1]
+    if question.drop_out:
+        titles += [
+            other.title for other in question.arms if other.against[:1] == (arm.title,)
+        ]
     yield from dict.fromkeys(best[title] for title in titles if title in best)
 
 

@@ -115,6 +115,13 @@ def test_each_arm_is_compared_at_its_own_and_at_the_first_arms_best_point():
     assert {run.seed for run in runs} == {*SEEDS}
     runs = study_run.compared_runs(replace(QUESTION, drop_in=False), tuning)
     assert {(run.side, run.point) for run in runs} == own
+    both = replace(QUESTION, drop_in=False, drop_out=True)
+    dropped_out = {
+        (BASE, (("learning_rate", "0.004"),)),  # Best for the published rule.
+        (CAUTIOUS, (("learning_rate", "0.002"),)),  # Best for the variant.
+    }
+    runs = study_run.compared_runs(both, tuning)
+    assert {(run.side, run.point) for run in runs} == own | dropped_out
 
 
 def test_settings_are_tuned_one_at_a_time():
@@ -316,6 +323,16 @@ def test_the_table_shows_intervals_and_verdicts():
     assert "worse" in follow
     assert "not reached with 5 of 5 seeds" in follow
     assert "no difference seen" in follow_base
+
+
+def test_the_table_shows_what_turning_off_caution_does():
+    question = replace(QUESTION, arms=QUESTION.arms[:2], drop_in=False, drop_out=True)
+    _, own, off = page.table(question, answered(question)).splitlines()[2:]
+    assert "at the settings of" not in own
+    cells = [cell.strip() for cell in off.split("|")]
+    assert cells[1:3] == ["cautious AdamW", "learning rate 0.004"]
+    assert cells[4] == "AdamW, at the settings of cautious AdamW"
+    assert cells[5].startswith("-0.4000 ")
 
 
 def test_a_higher_score_is_better():
@@ -566,7 +583,7 @@ def test_differences_at_each_step_are_paired_by_seed():
             )
             for arm, of_arm in ((arm, losses), (other, (3.0, 3.1, 3.3)))
         )
-        return outcomes.Comparison(arm, other, own, others[::-1], False, "")
+        return outcomes.Comparison(arm, other, own, others[::-1], None, "")
 
     first, second = comparison((2.9, 3.0, 3.1)), comparison((3.0, 3.3, 3.8))
     by_step = second.differences_by_step
@@ -607,7 +624,7 @@ def test_a_diverged_run_has_no_mark_in_the_figure_of_sizes(tmp_path, monkeypatch
             )
             for of_arm, loss in ((arm, 2.9), (other, 3.0))
         )
-        comparison = outcomes.Comparison(arm, other, own, others, False, "")
+        comparison = outcomes.Comparison(arm, other, own, others, None, "")
         figures.plot_sizes([(10**6, comparison)], tmp_path / "sizes.png")
         return sum(line.get_marker() in ("o", "v") for line in drawn[-1].axes[1].lines)
 
@@ -621,25 +638,40 @@ def test_headlines_are_results():
         (DOCS / "results.md").read_text(),
     )
     in_table = r"\| ([-+]\d\.\d{3}) \((\S+) to (\S+)\)[^|]*\| (\d\.\d\d)?"
-    in_text = (
-        r"(\d\.\d{3})\s+lower(?:[^()]*\((?:95%\s+interval\s+)?(\d\S+) to (\d\S+)\))?"
-    )
+    in_text = r"([-+]?\d\.\d{3})\s+to\s+([-+]?\d\.\d{3})"
     signed = [(*(f"{float(x):+.3f}" for x in row), ratio) for *row, ratio in rows]
-    unsigned = [sorted(f"{abs(float(x)):.3f}" for x in row) for *row, _ in rows]
-    for name, count in (("../README.md", 7), ("index.md", 8)):
+    unsigned = {
+        (*sorted(f"{abs(float(x)):.3f}" for x in ends),): f"{abs(float(mean)):.3f}"
+        for mean, *ends, _ in rows
+    }
+    for name, count in (("../README.md", 8), ("index.md", 8)):
         found = re.findall(in_table, (DOCS / name).read_text())
         assert len(found) == count
         assert {*found} <= {*signed}
-    for name, count in (("usage.md", 2), ("mae.md", 1)):
-        found = re.findall(in_text, (DOCS / name).read_text())
+    for name, count in (("usage.md", 5), ("mae.md", 1), ("glue.md", 3)):
+        text = (DOCS / name).read_text()
+        found = [*re.finditer(in_text, text)]
         assert len(found) == count
-        for values in found:
-            assert sorted(values) in unsigned, (name, values)
-    by = r"by (\d\.\d{3}) \(95%\s+interval (\S+) to (\S+)\)"
-    (in_glue,) = re.findall(by, (DOCS / "glue.md").read_text())
-    assert sorted(in_glue) in unsigned
+        for match in found:
+            ends = (*sorted(end.lstrip("-+") for end in match.groups()),)
+            assert unsigned[ends] in text[match.start() - 100 : match.start()]
     (ratio,) = re.findall(r"ratio is (\d\.\d\d)", (DOCS / "llama.md").read_text())
     assert ratio in {ratio for *_, ratio in rows}
+
+
+def test_what_the_documentation_says_about_the_gain_during_training():
+    text = (DOCS / "results.md").read_text().split("## Does the difference last?")[1]
+    rows = [
+        [cell.split() for cell in line.split("|")[4:8]]
+        for line in text.splitlines()
+        if "| cautious AdamW " in line
+    ]
+    (*llamas, autoencoder, _) = [[float(cell[0]) for cell in row] for row in rows]
+    assert len(llamas) == len(SIZES)
+    for early, _, late, last in llamas:
+        assert abs(last) < 0.6 * abs(early)
+        assert abs(last - late) < 0.01
+    assert [*autoencoder] == sorted(autoencoder, reverse=True)
 
 
 def _lowest_by_b1(name, caution):
