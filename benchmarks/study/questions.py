@@ -239,8 +239,8 @@ QUESTIONS: dict[str, Question] = {
         "of 4 million parameters.",
     ),
     "lion": Question(
-        "Does caution help Lion?",
-        "Llama, 1 million",
+        "Does caution help Lion with b2 0.95?",
+        "Llama, 1 million, b2 0.95",
         _LLAMA,
         {
             "learning_rate": ("0.00025", "0.0005", "0.001", "0.002"),

@@ -45,8 +45,8 @@ def cautious_lion(
     :func:`optax.lion`, and each restores the other's checkpoints.
     ``renormalize="plus_one"`` rescales as the authors' C-Lion does.
 
-    In a small Llama with ``b1`` and the learning rate tuned, :func:`optax.lion` ended
-    lower.
+    In a small Llama with ``b1`` and the learning rate tuned, C-Lion ended lower than
+    :func:`optax.lion` with ``b2=0.98``, and higher with 0.95, the better of the two.
 
     Args:
       learning_rate: scalar or schedule; for this and all arguments up to
