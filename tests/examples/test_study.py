@@ -19,6 +19,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.study import __main__ as command
 from benchmarks.study import figures, outcomes, page, records
 from benchmarks.study import run as study_run
 from benchmarks.study.questions import (
@@ -30,6 +31,7 @@ from benchmarks.study.questions import (
     Question,
 )
 from examples.llama.task import PRESETS as LLAMA
+from examples.training.checks import InputError
 from examples.training.engine import make_engine
 from examples.training.history import Evaluation, History, Run, Side
 
@@ -478,6 +480,15 @@ def test_the_models_to_start_from_are_trained(tmp_path, monkeypatch):
     assert {(c.task, c.steps) for c in trained.values()} == {
         (LLAMA["demo"].task, LLAMA["demo"].steps)
     }
+
+
+def test_runs_on_another_text_are_refused(monkeypatch):
+    """The Llamas' text is the standard library of the Python that runs the study."""
+    monkeypatch.setattr(command, "PYTHON", (3, 0))
+    with pytest.raises(InputError, match=r"library of Python 3.0; use it, or pass ano"):
+        command.run(("adamw",))
+    with pytest.raises(InputError, match="unknown question: adam; choose from adamw, "):
+        command.run(("adam",))
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
