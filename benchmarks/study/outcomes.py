@@ -119,6 +119,12 @@ def is_answered(question: Question, histories: Sequence[History]) -> bool:
     )
 
 
+def unused_runs(question: Question, histories: Sequence[History]) -> set[Run]:
+    """Return the runs with the seeds of the comparisons that no comparison uses."""
+    found = {h.run for h in histories if h.run.seed in question.seeds}
+    return found - compared_runs(question, histories).keys()
+
+
 def compare_all(question: Question, histories: Sequence[History]) -> list[Comparison]:
     """Compare each arm with the arms that it names in ``against``.
 

@@ -24,6 +24,7 @@ from benchmarks.study.outcomes import (
     outcome,
     robustness,
     time_ratios,
+    unused_runs,
 )
 from benchmarks.study.questions import (
     PUBLISHED,
@@ -66,14 +67,15 @@ are trained for less than one epoch on the source code of Python's standard libr
 in [the demo](llama.md); the masked autoencoder is that of [its demo](mae.md).
 
 The arms of a question are tuned with seed {tuning} on the same grid; exceptions are
-listed. Most grids are tried completely. Where a section says "one setting at a time",
-the learning rate is tuned first, with the other setting at the first value listed. Then
-the other setting is tuned at the best rate, and so on until the best point does not
-change. So the arms may be tried at different numbers of points, which are listed. The
-best point is that of the lowest validation loss; the grids are coarse, so a better one
-may lie between two of their points. Each arm is trained again at its best point with
-other seeds for the weights and the data order, because the best of many runs is partly
-luck. Where a row says "at the settings of" the other arm, only caution was turned on.
+listed. All points of the grid are tried, except where a section says "one setting at a
+time". There, the learning rate is tuned first, with the other setting at the first
+value listed; then the other setting is tuned at the best rate, and so on until the best
+point does not change. So the arms may be tried at different numbers of points, which
+are listed. The best point is that of the lowest validation loss; the grids are coarse,
+so a better one may lie between two of their points. Each arm is trained again at its
+best point with other seeds for the weights and the data order, because the best of many
+runs is partly luck. Where a row says "at the settings of" the other arm, only caution
+differs.
 
 A difference is the final validation loss (or the named score) of the arm minus that of
 the arm it is compared with, so that a negative difference of losses is better. It is
@@ -257,7 +259,7 @@ def _summary(answers: Answers) -> list[str]:
         "## In short",
         "",
         *(variants if better else []),
-        *_count_verdicts(answers),
+        *_verdicts(answers),
         "Each arm is at the best point of its question's grid. Where the question says "
         "b1 0.9, b1 was not tuned. The sections below have the settings, and further "
         "comparisons; [what to set](usage.md#what-to-set) follows from them. The "
@@ -270,30 +272,27 @@ def _summary(answers: Answers) -> list[str]:
     ]
 
 
-def _count_verdicts(answers: Answers) -> list[str]:
-    """Write a list of the verdicts on caution at tuned settings, for each optimizer."""
-    verdicts: dict[str, dict[str, list[str]]] = {}
-    for name, comparison in _with_and_without(answers):
+def _verdicts(answers: Answers) -> list[str]:
+    """List where caution is better and worse, with learning rate and b1 tuned."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for name, comparison in _effects_of_caution(answers):
         if "b1" in QUESTIONS[name].grid:
-            of_arm = verdicts.setdefault(comparison.arm.title, {})
-            of_arm.setdefault(comparison.verdict, []).append(_link(name))
-    if not verdicts:
+            key = comparison.arm.title, comparison.verdict
+            models.setdefault(key, []).append(_link(name, QUESTIONS[name].model))
+    if not models:
         return []
     return [
-        "Where learning rate and b1 are tuned with and without caution:",
+        "With learning rate and b1 tuned on both sides:",
         "",
         *(
-            f"- {title}: "
-            + "; ".join(f"{verdict} in {', '.join(names)}" for verdict, names in found)
-            + "."
-            for title, of_arm in verdicts.items()
-            for found in [of_arm.items()]
+            f"- {title}, {verdict}: {'; '.join(links)}"
+            for (title, verdict), links in models.items()
         ),
         "",
     ]
 
 
-def _with_and_without(answers: Answers) -> list[tuple[str, Comparison]]:
+def _effects_of_caution(answers: Answers) -> list[tuple[str, Comparison]]:
     """Select the comparisons of an optimizer with caution and the one without."""
     return [
         (name, c)
@@ -343,9 +342,10 @@ def _files(names: Iterable[str]) -> str:
     return ", ".join(f"[{name}.csv](results/{name}.csv)" for name in names)
 
 
-def _link(name: str) -> str:
-    """Link the section of a question."""
-    return f"[{QUESTIONS[name].title}](#{_anchor(QUESTIONS[name].title)})"
+def _link(name: str, text: str = "") -> str:
+    """Link the section of a question, by default with its title as text."""
+    title = QUESTIONS[name].title
+    return f"[{text or title}](#{_anchor(title)})"
 
 
 def _anchor(title: str) -> str:
@@ -485,17 +485,17 @@ def _sizes(answers: Answers, results_dir: Path) -> list[str]:
         "",
         "How the difference changes from one size to the next, and from the smallest "
         "to the largest, with Welch's 95% intervals (these treat the runs of two sizes "
-        "as independent, although they have the same seeds):",
+        "as independent, although they share seeds):",
         "",
-        *_changes(compared),
+        _changes_with_size(compared),
         "",
         "![Gain from caution against model size](results/sizes.png)",
         "",
     ]
 
 
-def _changes(compared: Sequence[tuple[int, Comparison]]) -> list[str]:
-    """List how the difference changes with size."""
+def _changes_with_size(compared: Sequence[tuple[int, Comparison]]) -> str:
+    """Format a table of how the difference changes with size."""
     pairs = [*itertools.pairwise(compared)]
     if len(compared) > 2:
         pairs.append((compared[0], compared[-1]))
@@ -503,17 +503,20 @@ def _changes(compared: Sequence[tuple[int, Comparison]]) -> list[str]:
     for (small, at_small), (large, at_large) in pairs:
         if not (at_small.diverged or at_large.diverged):
             found = difference_of_differences(at_small, at_large)
-            verdict = "no change seen" if found.low <= 0 <= found.high else ""
+            if found.low <= 0 <= found.high:
+                verdict = "no change seen"
+            else:
+                verdict = "larger gain" if found.mean < 0 else "smaller gain"
             rows.append([f"{small:,}", f"{large:,}", _interval(found), verdict])
-    header = "from", "to", "change (95% interval)", ""
-    return [markdown_table(rows, header)]
+    header = "from", "to", "change of the difference (95% interval)", ""
+    return markdown_table(rows, header)
 
 
 def _by_step(answers: Answers, results_dir: Path) -> list[str]:
     """Write the section about differences during training, and draw its figure."""
     compared = [
         (name, c)
-        for name, c in _with_and_without(answers)
+        for name, c in _effects_of_caution(answers)
         if not (c.diverged or c.score)
     ]
     if not compared:
@@ -589,6 +592,16 @@ def _times(answers: Answers) -> list[str]:
         return []
     runs = [h for histories in answers.values() for h in histories]
     timed = [h for h in runs if h.seconds]
+    count = sum(
+        len(unused_runs(QUESTIONS[name], histories))
+        for name, histories in answers.items()
+    )
+    unused = ""
+    if count:
+        unused = (
+            f" {count} with the seeds of the comparisons are in no table: their points "
+            "were the best until the grids were extended."
+        )
     seconds = sum(
         h.seconds_per_step * max((e.step for e in h.evaluations), default=0)
         for h in timed
@@ -616,10 +629,9 @@ def _times(answers: Answers) -> list[str]:
         "[performance](performance.md#in-a-whole-training-step) has the step times of "
         "all sizes.",
         "",
-        f"The files have {len(runs):,} runs. Some are in several files, and some are "
-        "in no table: they were the best points of smaller grids, before these were "
-        f"extended. The {len(timed):,} runs whose step time was measured took "
-        f"{seconds / 3600:.0f} hours, without compilation and evaluation.",
+        f"The files have {len(runs):,} runs; some are in several files.{unused} The "
+        f"{len(timed):,} runs whose step time was measured took {seconds / 3600:.0f} "
+        "hours, without compilation and evaluation.",
         "",
         markdown_table(rows, header),
         "",

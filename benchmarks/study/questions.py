@@ -45,7 +45,7 @@ class Question:
 
     title: str
     model: str
-    """What is trained, in a few words, for legends."""
+    """What is trained, in a few words."""
     config: TrainConfig[Any]
     grid: Grid
     arms: tuple[Arm, ...]
@@ -186,7 +186,7 @@ def _after(pretrained: str, caution: bool, against: tuple[str, ...]) -> Arm:
 QUESTIONS: dict[str, Question] = {
     "adamw": Question(
         "Does caution help AdamW when both are tuned?",
-        "Llama, 1 million",
+        "1M Llama",
         _LLAMA,
         {
             "learning_rate": _OF_DEMO,
@@ -196,7 +196,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "size-0.3m": Question(
         "A Llama of 0.35 million parameters",
-        "Llama, 0.35 million",
+        "0.35M Llama",
         _SMALL,
         {
             "learning_rate": (*_RATES, "0.016", "0.032"),
@@ -206,7 +206,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "size-4m": Question(
         "A Llama of 4 million parameters",
-        "Llama, 4 million",
+        "4M Llama",
         _sized(256, 688, 4, 8, 4),
         {
             "learning_rate": ("0.0005", "0.001", "0.0015", "0.002", "0.004"),
@@ -223,7 +223,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "size-9m": Question(
         "A Llama of 9 million parameters",
-        "Llama, 9 million",
+        "9M Llama",
         _sized(384, 1032, 5, 8, 4),
         {
             "learning_rate": ("0.0005", "0.001", "0.0015", "0.002"),
@@ -240,7 +240,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "lion": Question(
         "Does caution help Lion with b2 0.95?",
-        "Llama, 1 million, b2 0.95",
+        "1M Llama, b2 0.95",
         _LLAMA,
         {
             "learning_rate": ("0.00025", "0.0005", "0.001", "0.002"),
@@ -253,7 +253,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "lion-0.98": Question(
         "Does caution help Lion with b2 0.98?",
-        "Llama, 1 million, b2 0.98",
+        "1M Llama, b2 0.98",
         _with_rule(LLAMA["demo"], b2=0.98),
         {
             "learning_rate": ("0.00025", "0.0005", "0.001", "0.002"),
@@ -265,7 +265,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "muon": Question(
         "Does caution help Muon?",
-        "Llama, 1 million",
+        "1M Llama",
         _LLAMA,
         {
             "learning_rate": ("0.004", "0.008", "0.016", "0.032"),
@@ -314,7 +314,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "rule-0.3m": Question(
         "Which part of the rule matters? 0.35 million parameters, b1 0.9",
-        "Llama, 0.35 million, b1 0.9",
+        "0.35M Llama, b1 0.9",
         _SMALL,
         {"learning_rate": ("0.004", "0.008", "0.016")},
         _FAMILY,
@@ -330,7 +330,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "rule": Question(
         "Which part of the rule matters? 1 million parameters, b1 0.9",
-        "Llama, 1 million, b1 0.9",
+        "1M Llama, b1 0.9",
         _LLAMA,
         {"learning_rate": _OF_DEMO},
         (
@@ -345,7 +345,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "decay": Question(
         "Does cautious weight decay help, alone and with caution? b1 0.9",
-        "Llama, 1 million, b1 0.9, decay tuned",
+        "1M Llama, b1 0.9, decay tuned",
         _LLAMA,
         {"learning_rate": _OF_DEMO, "weight_decay": ("0.1", "0.5", "1", "2")},
         _decay_arms(_LOWER_RATES),
@@ -354,7 +354,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "decay-1": Question(
         "Does cautious weight decay help at a large decay? b1 0.9",
-        "Llama, 1 million, b1 0.9, decay 1",
+        "1M Llama, b1 0.9, decay 1",
         _with_rule(LLAMA["demo"], weight_decay=1.0),
         {"learning_rate": (_RATES[0], *_OF_DEMO)},
         _decay_arms(_ADAMW),

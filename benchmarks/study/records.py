@@ -29,7 +29,7 @@ def write(histories: Iterable[History], path: Path) -> None:
     names = list(dict.fromkeys(n for h in histories for n, _ in h.run.point))
     scores = list(dict.fromkeys(n for h in histories for n in h.scores))
     partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow((*_FIRST, *names, *_LAST, *(_SCORE + n for n in scores)))
         for history in histories:
@@ -57,7 +57,7 @@ def read(path: Path) -> list[History]:
     """Read the runs from a file; return an empty list if it does not exist."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     runs: dict[Run, list[dict[str, str]]] = {}
     for row in rows:

@@ -33,7 +33,7 @@ from examples.training.task import (
     Params,
     count_parameters,
 )
-from examples.training.trained import Source, choose_step, load_trained
+from examples.training.trained import Source, load_trained, require_checkpoint
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,8 @@ def _open(source: Path) -> Pretrained:
     """Open a pretrained Llama, or the body of a fine-tuning run."""
     if not (source / LABELS_NAME).is_file():
         return open_pretrained(source)
+    require_checkpoint("from", source)
     kept = read_labels("from", source)
-
-    choose_step(Source(source), "from")  # There must be a checkpoint.
 
     def load_params() -> Params:
         return load_trained(Source(source), ClassificationTask, "from").params

@@ -22,7 +22,7 @@ from examples.training.checks import read_text, require
 from examples.training.config import from_json
 from examples.training.run_dir import CONFIG_NAME
 from examples.training.task import Params
-from examples.training.trained import Source, choose_step, load_trained
+from examples.training.trained import Source, load_trained, require_checkpoint
 
 
 def open_pretrained(source: Path) -> Pretrained:
@@ -33,7 +33,7 @@ def open_pretrained(source: Path) -> Pretrained:
     """
     if not (source / CHECKPOINTS_NAME).is_dir():
         return open_huggingface(source)
-    choose_step(Source(source), "from")  # There must be a checkpoint.
+    require_checkpoint("from", source)
     path = source / CONFIG_NAME
     task = from_json(read_text("from", path), f"from: {path}", LlamaTask).task
     tokenizer = source / TOKENIZER_NAME

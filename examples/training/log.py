@@ -51,7 +51,7 @@ class Log:
             f"step {step}; choose another --run-dir.",
         )
         partial = self._path.with_suffix(".partial")
-        with partial.open("w") as file:
+        with partial.open("w", encoding="utf-8") as file:
             file.writelines(map(_line, kept))
             _sync(file)
         partial.replace(self._path)
@@ -63,7 +63,7 @@ class Log:
         """Append records, and return once they are on disk."""
         if not self._writes:
             return
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             for record in records:
                 file.write(_line(record))
                 for name, value in scalars(record):
@@ -82,7 +82,7 @@ def read(directory: Path) -> list[Record]:
     path = directory / FILE_NAME
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")[:-1]
+    lines = path.read_text("utf-8").split("\n")[:-1]
     return [_parse(line) for line in lines]
 
 

@@ -306,7 +306,7 @@ def write_csv(histories: Sequence[History], path: Path) -> None:
     """Write a row per step of every run; evaluations share the row of their step."""
     names = list(dict.fromkeys(n for h in histories for n, _ in h.run.point))
     header = ("optimizer", "caution", *names, "seed", "step", "loss")
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow((*header, "validation_loss", "aligned_fraction"))
         for history in histories:

@@ -82,6 +82,19 @@ def is_loadable(run_dir: Path) -> bool:
     return bool(saved_steps(run_dir / CHECKPOINTS_NAME))
 
 
+def require_checkpoint(setting: str, run_dir: Path) -> None:
+    """Raise an ``InputError`` if a run has no checkpoint.
+
+    Args:
+        setting: the setting that names the run, for the error message.
+        run_dir: the directory of the run.
+    """
+    require(
+        is_loadable(run_dir),
+        f"{setting}: there is no checkpoint in {run_dir / CHECKPOINTS_NAME}.",
+    )
+
+
 def choose_step(source: Source, setting: str = "run_dir") -> int:
     """Return the step of the requested checkpoint.
 
@@ -96,9 +109,9 @@ def choose_step(source: Source, setting: str = "run_dir") -> int:
         source.step is None or not source.best,
         "step and best: pass only one of them.",
     )
+    require_checkpoint(setting, source.run_dir)
     directory = source.run_dir / CHECKPOINTS_NAME
     steps = saved_steps(directory)
-    require(bool(steps), f"{setting}: there is no checkpoint in {directory}.")
     if source.step is not None:
         require(
             source.step in steps,

@@ -350,6 +350,15 @@ def test_a_question_without_all_its_runs_is_not_answered(tmp_path):
     assert not outcomes.is_answered(QUESTION, histories[:-1])
 
 
+def test_runs_that_no_comparison_uses_are_counted():
+    used = answered()
+    assert outcomes.unused_runs(QUESTION, used) == set()
+    point = (("learning_rate", "0.001"),)
+    runs = [Run(CAUTIOUS, point, seed) for seed in (TUNING_SEED, 1, 2)]
+    found = outcomes.unused_runs(QUESTION, [*used, *map(history, runs)])
+    assert found == {*runs[1:]}
+
+
 def test_best_points_on_the_grid_edge_are_reported():
     run = Run(CAUTIOUS, (("learning_rate", "0.001"), ("neutral", "follow")), 0)
     lines = outcomes.edges(QUESTION, [*answered(), history(run)])

@@ -362,7 +362,9 @@ def test_ctrl_c_may_also_end_the_reader_of_the_output(monkeypatch):
     os.close(reading)
     kept = os.dup(2)
     with monkeypatch.context() as patch, open(writing, "wb", 0) as pipe:
-        patch.setattr(sys, "stdout", io.TextIOWrapper(pipe, write_through=True))
+        patch.setattr(
+            sys, "stdout", io.TextIOWrapper(pipe, "utf-8", write_through=True)
+        )
         os.dup2(writing, 2)
         try:
             with preemption() as stop:

@@ -12,6 +12,7 @@ from collections import namedtuple
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,23 @@ def test_the_contents_of_the_log(config, whole, whole_dir):
     assert records[0]["learning_rate"] == 0
     assert records[2]["learning_rate"] == pytest.approx(1e-2)
     assert whole[-1]["validation_loss"] < whole[1]["validation_loss"] - 1
+
+
+def test_the_time_of_a_step_includes_loading_its_batch(config, tmp_path, monkeypatch):
+    put_batch, now = Engine.put_batch, 0.0
+
+    def load(engine, batch):
+        nonlocal now
+        now += 1
+        return put_batch(engine, batch)
+
+    monkeypatch.setattr(Engine, "put_batch", load)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
+    train(config, tmp_path / "run")
+    records = log.read(tmp_path / "run")
+    # The batch of the first step is loaded before the clock starts.
+    _, *others = [r["seconds_per_step"] for r in records if "seconds_per_step" in r]
+    assert {*others} == {1.0}
 
 
 def test_an_incomplete_line_is_written_again(config, run_dir, whole):

@@ -145,7 +145,7 @@ class Process:
 
     def __init__(self, arguments, environment):
         """Start the process."""
-        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._popen = subprocess.Popen(
             arguments,
             cwd=ROOT,
