@@ -186,6 +186,26 @@ def test_no_module_is_in_both_splits(monkeypatch):
     )
 
 
+def test_a_snippet_of_two_packages_is_in_one_split(monkeypatch):
+    """The second package quotes all of the first."""
+    own = {
+        package: [
+            "\n".join([f"{package}{i} = {j}" for j in range(4)]) for i in range(5)
+        ]
+        for package in ("first", "second")
+    }
+    modules = {
+        "first": own["first"],
+        "second": ["\n".join([text, *own["first"]]) for text in own["second"]],
+    }
+    monkeypatch.setattr(standard_library, "_PACKAGES", ("first", "second"))
+    monkeypatch.setattr(
+        standard_library, "_modules", lambda package: dict(enumerate(modules[package]))
+    )
+    texts = [row.texts[0] for side in package_rows.__wrapped__(0.2) for row in side]
+    assert sorted(texts) == sorted(own["first"] + own["second"])
+
+
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
     packages = (*standard_library._PACKAGES, "absent")
     monkeypatch.setattr(standard_library, "_PACKAGES", packages)
