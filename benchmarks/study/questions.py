@@ -344,7 +344,7 @@ QUESTIONS: dict[str, Question] = {
         "0.35 million parameters. Where b1 is tuned, AdamW is best with 0.8.",
     ),
     "decay": Question(
-        "Does cautious weight decay help, alone and with caution? b1 0.9",
+        "Does cautious weight decay help at b1 0.9, alone and with caution?",
         "1M Llama, b1 0.9, decay tuned",
         _LLAMA,
         {"learning_rate": _OF_DEMO, "weight_decay": ("0.1", "0.5", "1", "2")},
@@ -353,7 +353,7 @@ QUESTIONS: dict[str, Question] = {
         drop_in=False,
     ),
     "decay-1": Question(
-        "Does cautious weight decay help at a large decay? b1 0.9",
+        "Does cautious weight decay help at b1 0.9 and a large decay?",
         "1M Llama, b1 0.9, decay 1",
         _with_rule(LLAMA["demo"], weight_decay=1.0),
         {"learning_rate": (_RATES[0], *_OF_DEMO)},
