@@ -4,7 +4,9 @@ import re
 import subprocess
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import optax_cautious
 
@@ -55,3 +57,20 @@ def test_the_readme_is_short():
 def test_links_to_files_resolve(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / page).read_text()):
         assert (ROOT / target).exists(), target
+
+
+def test_an_incomplete_entry_of_the_compilation_cache_fails_no_test(tmp_path):
+    usual = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    compilation_cache.reset_cache()
+    try:
+        assert jax.jit(lambda x: 2 * x)(1.0) == 2
+        entries = [*tmp_path.glob("*-cache")]
+        assert entries
+        for entry in entries:
+            entry.write_bytes(entry.read_bytes()[:10])
+        jax.clear_caches()
+        assert jax.jit(lambda x: 2 * x)(1.0) == 2
+    finally:
+        jax.config.update("jax_compilation_cache_dir", usual)
+        compilation_cache.reset_cache()
