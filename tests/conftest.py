@@ -1,7 +1,11 @@
-"""Eight simulated devices, a compilation cache, and a profile for Hypothesis."""
+"""Eight simulated devices, a compilation cache, Ctrl-C, a profile for Hypothesis."""
 
 import os
+import signal
 from pathlib import Path
+
+# A shell starts background jobs with Ctrl-C ignored, and tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # JAX reads these on import; subprocesses of the tests inherit them.
 _CACHE = Path(__file__).parents[1] / ".jax_cache"

@@ -60,8 +60,13 @@ def test_links_to_files_resolve(page):
 
 
 def test_an_incomplete_entry_of_the_compilation_cache_fails_no_test(tmp_path):
-    usual = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    changed = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_enable_compilation_cache": True,
+    }
+    usual = {name: getattr(jax.config, name) for name in changed}
+    for name, value in changed.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
     try:
         assert jax.jit(lambda x: 2 * x)(1.0) == 2
@@ -72,5 +77,6 @@ def test_an_incomplete_entry_of_the_compilation_cache_fails_no_test(tmp_path):
         jax.clear_caches()
         assert jax.jit(lambda x: 2 * x)(1.0) == 2
     finally:
-        jax.config.update("jax_compilation_cache_dir", usual)
+        for name, value in usual.items():
+            jax.config.update(name, value)
         compilation_cache.reset_cache()

@@ -1,4 +1,9 @@
-"""Fixtures shared by the tests of the examples."""
+"""Fixtures shared by the tests of the examples, which need no network."""
+
+import os
+
+# The datasets library would ask the Hub for its builders of JSON and Parquet.
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
 
 import jax
 import pytest

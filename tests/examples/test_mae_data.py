@@ -481,7 +481,7 @@ def test_worker_processes_change_nothing(config):
 
 
 _READS = """
-import multiprocessing, signal, sys, time
+import multiprocessing, os, signal, sys, time
 import grain
 from examples.mae.workers import WorkerBatches
 
@@ -491,7 +491,8 @@ def slow(i):
 
 if __name__ == "__main__":
     dataset = grain.MapDataset.range(10_000).map(slow)
-    signal.signal(signal.SIGINT, lambda *_: print("signal", flush=True))
+    # The signal may come during a print, within which another one is an error.
+    signal.signal(signal.SIGINT, lambda *_: os.write(1, b"signal\\n"))
     batches = iter(WorkerBatches(dataset, 1, grain.ReadOptions(num_threads=1)))
     next(batches)
     (worker,) = multiprocessing.active_children()

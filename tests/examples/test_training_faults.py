@@ -1,6 +1,7 @@
 """Interrupted training: typos, Ctrl-C, kills, and changes of the number of steps."""
 
 import errno
+import gc
 import io
 import itertools
 import os
@@ -70,6 +71,7 @@ pytestmark = pytest.mark.filterwarnings(
 def compiled_once(little_optimization):
     with programs_compiled_once():
         yield
+    gc.collect()  # The coroutines raise here, not in another file's tests.
 
 
 @pytest.fixture(scope="module")

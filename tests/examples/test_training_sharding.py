@@ -492,7 +492,8 @@ def test_a_missing_parameter_cannot_be_exempt():
 
 # Processes
 
-# The signal comes at step 4. JAX polls for it once a second, so later steps are slow.
+# The signal comes at step 4. JAX polls for it once a second, so later steps are slow:
+# the run stops a step or two after the signal, and never reaches its last one.
 _PREEMPTED = """
 import os, runpy, signal, sys, time
 import jax
@@ -501,7 +502,7 @@ look = multihost_utils.reached_preemption_sync_point
 def slow_look(step):
     if step == 4 and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.3 if step >= 4 else 0)
+    time.sleep(2 if step >= 4 else 0)
     return look(step)
 multihost_utils.reached_preemption_sync_point = slow_look
 runpy.run_module("examples.llama", run_name="__main__", alter_sys=True)
@@ -575,7 +576,11 @@ def two_processes(long_config, tmp_path):
             )
             for i in range(2)
         ]
-        return [process.finish() for process in processes]
+        try:
+            return [process.finish() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
 
     return run
 

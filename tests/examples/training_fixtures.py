@@ -158,11 +158,15 @@ class Process:
         """Wait for the process, and return its exit code and output."""
         with self._output:
             try:
-                code = self._popen.wait(timeout=300)
+                code = self._popen.wait(timeout=900)
             finally:
-                self._popen.kill()
+                self.kill()
             self._output.seek(0)
             return code, self._output.read()
+
+    def kill(self):
+        """End the process, if it has not ended."""
+        self._popen.kill()
 
 
 class Command:
@@ -178,6 +182,11 @@ class Command:
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            # As in pyproject.toml.
+            "PYTHONWARNINGS": ",".join(
+                f"ignore:Error {verb} persistent compilation cache entry"
+                for verb in ("reading", "writing")
+            ),
         }
 
     def start(self, run_dir, *options, program=None, **env):
