@@ -33,6 +33,13 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
             optax.chain(optax.adamw(*args, **kwargs), optax_cautious.cautious())
         )
     ),
+    "chain(optax.adamw, cautious(renormalize=None))": lambda *args, **kwargs: (
+        optax_cautious.provide_gradient(
+            optax.chain(
+                optax.adamw(*args, **kwargs), optax_cautious.cautious(renormalize=None)
+            )
+        )
+    ),
     "with_caution(optax.adamw)": lambda *args, **kwargs: optax_cautious.with_caution(
         optax.adamw(*args, **kwargs)
     ),

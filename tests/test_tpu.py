@@ -43,6 +43,7 @@ jax.config.update("jax_enable_compilation_cache", False)
         ("cautious_adamw", 9.0, 0.0, 1),
         ("cautious_adamw(cautious_decay=True)", 9.0, 0.0, 1),
         ("chain(optax.adamw, cautious)", 10.5, 0.25, 1),
+        ("chain(optax.adamw, cautious(renormalize=None))", 7.0, 0.0, 0),
         ("with_caution(optax.adamw)", 10.5, 0.25, 1),
         ("optax.lion", 5.0, 0.0, 0),
         ("cautious_lion", 7.0, 0.0, 1),
