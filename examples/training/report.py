@@ -145,8 +145,8 @@ def _without(point: Point, name: str) -> Point:
 def _score_interval(both: Sequence[tuple[float, float]]) -> tuple[str, str, str]:
     base, other = zip(*both, strict=True)
     mean, low, high = paired_difference(base, other)
-    zero = " (includes zero)" * (low <= 0 <= high)
-    return f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}{zero}", str(len(both))
+    unseen = " (no difference seen)" * (low <= 0 <= high)
+    return f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}{unseen}", str(len(both))
 
 
 def verdicts(histories: Sequence[History]) -> list[str]:
@@ -229,7 +229,7 @@ def _difference(both: Sequence[tuple[History, History]]) -> str:
         return ""
     base, other = ([h.final_loss for h in side] for side in zip(*both, strict=True))
     mean, low, high = paired_difference(base, other)
-    nothing = " The interval includes zero." if low <= 0 <= high else ""
+    nothing = " No difference seen." * (low <= 0 <= high)
     return (
         f"The final losses differ by {mean:+.4f} (95% confidence interval of the "
         f"paired difference {low:+.4f} to {high:+.4f}, {len(both)} seeds).{nothing}"

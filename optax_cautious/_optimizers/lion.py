@@ -46,7 +46,7 @@ def cautious_lion(
     ``renormalize="plus_one"`` rescales as the authors' C-Lion does.
 
     In a small Llama with ``b1`` and the learning rate tuned, C-Lion ended lower than
-    :func:`optax.lion` with ``b2=0.98``, and higher with 0.95, the better of the two.
+    :func:`optax.lion` with ``b2=0.98``, and higher with ``b2=0.95``.
 
     Args:
       learning_rate: scalar or schedule; for this and all arguments up to
