@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from cycler import cycler
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -67,6 +69,8 @@ def plot_differences_by_step(
     """
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     panel = figure.subplots()
+    # Once the colors are used up, they come again as dashed lines.
+    panel.set_prop_cycle(cycler(linestyle=["-", "--"]) * rcParams["axes.prop_cycle"])
     late: list[float] = []
     for model, comparison in compared:
         by_step = comparison.differences_by_step

@@ -60,22 +60,26 @@ _HEAD = """# Results
 
 Does caution help, how much, and when does it not help? `make results` generates every
 table and figure on this page from the CSV files linked below, which `make study` fills;
-no result is typed by hand.
+no result is typed by hand. [The last section](#what-others-found) quotes others.
 
-A question compares several arms, such as AdamW with and without caution. The Llamas
-are trained for less than one epoch on the source code of Python's standard library, as
-in [the demo](llama.md); the masked autoencoder is that of [its demo](mae.md).
+A question compares several ways to train, its arms, such as AdamW with and without
+caution. The Llamas are trained for less than one epoch on the source code of Python's
+standard library, as in [the demo](llama.md); the masked autoencoder is that of
+[its demo](mae.md).
 
-The arms of a question are tuned with seed {tuning} on the same grid; exceptions are
-listed. All points of the grid are tried, except where a section says "one setting at a
-time". There, the learning rate is tuned first, with the other setting at the first
-value listed; then the other setting is tuned at the best rate, and so on until the best
-point does not change. So the arms may be tried at different numbers of points, which
-are listed. The best point is that of the lowest validation loss; the grids are coarse,
-so a better one may lie between two of their points. Each arm is trained again at its
-best point with other seeds for the weights and the data order, because the best of many
-runs is partly luck. Where a row says "at the settings of" the other arm, only caution
-differs.
+Each section lists the settings that were tuned and the values that were tried. Together
+they are the grid; one combination of values is a point. The arms of a question have the
+same grid, except where the section says so. They are tuned with seed {tuning}. All
+points are tried, except where a section says "one setting at a time": there, the
+learning rate is tuned with the other setting at the first value listed, then the other
+setting at the best rate, and so on in turn until nothing improves, and the section says
+how many points that took. The best point is that of the lowest validation loss. The
+grids are coarse, so a better one may lie between two of their points.
+
+Each arm is trained again at its best point with other seeds for the weights and the
+data order, because the best of many runs is partly luck. Losses and ratios are means
+over these seeds, with their range in parentheses. Where a row says "at the settings of"
+the other arm, only caution differs.
 
 A difference is the final validation loss (or the named score) of the arm minus that of
 the arm it is compared with, so that a negative difference of losses is better. It is
@@ -88,8 +92,19 @@ validation text, which is also used for tuning.
 The ratio of steps is the number of steps of the other arm divided by the number that
 this arm needs to reach the other's final loss, interpolated between evaluations. It has
 no interval and cannot be below 1: an arm that ends higher does not reach that loss. The
-learning rate of both arms follows the schedule of the whole run, so a run that is
-planned to be that much shorter may end differently.
+learning rate of both arms follows the schedule of the whole run, so the ratio does not
+promise that a shorter run, with its own schedule, ends at this loss.
+"""
+
+_OTHERS = """## What others found
+
+[Wen et al., 2025](https://arxiv.org/abs/2509.02046) tuned ten optimizers for language
+models of 0.1 to 1.2 billion parameters. [Their tables](https://github.com/marin-community/marin/tree/main/experiments/optimizer_sweep/Analysis/PhaseI/tex)
+have AdamW and cautious AdamW with 130 million parameters, b1 among the tuned settings,
+and one seed. Trained on 1, 2 and 8 times the number of tokens that is optimal according
+to Chinchilla, AdamW ended at a loss of 3.529, 3.409 and 3.262, and cautious AdamW at
+3.535, 3.403 and 3.253. [Chang and Yuan, 2025](https://arxiv.org/abs/2606.17526) report
+that cautious AdamW falls behind AdamW in a masked autoencoder on CIFAR-10.
 """
 
 
@@ -118,6 +133,7 @@ def draw(results_dir: Path = RESULTS, page: Path = DOCS / "results.md") -> None:
     ]
     if missing:
         lines += ["## Not answered yet", "", *missing, ""]
+    lines.append(_OTHERS)
     page.write_text("\n".join(lines), "utf-8")
     print(f"Wrote {page}")
 
@@ -260,11 +276,11 @@ def _summary(answers: Answers) -> list[str]:
         "",
         *(variants if better else []),
         *_verdicts(answers),
-        "Each arm is at the best point of its question's grid. Where the question says "
-        "b1 0.9, b1 was not tuned. The sections below have the settings, and further "
-        "comparisons; [what to set](usage.md#what-to-set) follows from them. The "
-        f"intervals are not corrected for their number: in {len(rows)} comparisons "
-        f"without any effect, about {0.05 * len(rows):.1f} would exclude zero.",
+        "Each arm is at the best point of its question's grid. The sections below have "
+        "the settings, and further comparisons; [what to set](usage.md#what-to-set) "
+        "follows from them. The intervals are not corrected for their number: in "
+        f"{len(rows)} comparisons without any effect, about {0.05 * len(rows):.1f} "
+        "would exclude zero.",
         "",
         table,
         "",
@@ -273,23 +289,24 @@ def _summary(answers: Answers) -> list[str]:
 
 
 def _verdicts(answers: Answers) -> list[str]:
-    """List where caution is better and worse, with learning rate and b1 tuned."""
-    models: dict[tuple[str, str], list[str]] = {}
+    """List where caution is better and worse, apart for tuned and fixed b1."""
+    models: dict[bool, dict[tuple[str, str], list[str]]] = {True: {}, False: {}}
     for name, comparison in _effects_of_caution(answers):
-        if "b1" in QUESTIONS[name].grid:
-            key = comparison.arm.title, comparison.verdict
-            models.setdefault(key, []).append(_link(name, QUESTIONS[name].model))
-    if not models:
-        return []
-    return [
-        "With learning rate and b1 tuned on both sides:",
-        "",
-        *(
-            f"- {title}, {verdict}: {'; '.join(links)}"
-            for (title, verdict), links in models.items()
-        ),
-        "",
-    ]
+        key = comparison.arm.title, comparison.verdict
+        links = models["b1" in QUESTIONS[name].grid].setdefault(key, [])
+        links.append(_link(name, QUESTIONS[name].model))
+    lines = []
+    for tuned, start in (
+        (True, "With learning rate and b1 tuned on both sides:"),
+        (False, "With b1 0.9 on both sides, and the learning rate tuned:"),
+    ):
+        if models[tuned]:
+            verdicts = [
+                f"- {title}, {verdict}: {'; '.join(links)}"
+                for (title, verdict), links in models[tuned].items()
+            ]
+            lines += [start, "", *verdicts, ""]
+    return lines
 
 
 def _effects_of_caution(answers: Answers) -> list[tuple[str, Comparison]]:
@@ -542,8 +559,9 @@ def _by_step(answers: Answers, results_dir: Path) -> list[str]:
         "## Does the difference last?",
         "",
         "The difference in validation loss during training. All runs follow one "
-        "schedule to their end: the difference after half of the steps is not that of "
-        "a run of half the length. The sections of the questions list the seeds.",
+        "schedule to their end. A run of half the length would have its own schedule, "
+        "so its difference may be another. The figure leaves out the intervals and the "
+        "steep start. The sections of the questions list the seeds and the files.",
         "",
         markdown_table(rows, header),
         "",
@@ -561,6 +579,7 @@ def _at_shares(comparison: Comparison) -> list[Interval]:
 def _times(answers: Answers) -> list[str]:
     """Write the section that compares ratios of steps with ratios of times."""
     rows = []
+    largest = 0.0
     for name, histories in answers.items():
         compared = compare_all(QUESTIONS[name], histories)
         for found in time_ratios(QUESTIONS[name], histories):
@@ -572,6 +591,7 @@ def _times(answers: Answers) -> list[str]:
             ]
             reached = [ratio for ratio in ratios if ratio is not None]
             mean = sum(reached) / len(reached) if reached else 0.0
+            largest = max(largest, found.median)
             all_reached = 0 < len(reached) == len(ratios) and not QUESTIONS[name].score
             rows.append(
                 [
@@ -599,12 +619,21 @@ def _times(answers: Answers) -> list[str]:
     unused = ""
     if count:
         unused = (
-            f" {count} with the seeds of the comparisons are in no table: their points "
-            "were the best until the grids were extended."
+            f" {count} of them, with the seeds of the comparisons, are in no table: "
+            "their points were the best until more values were tried."
         )
     seconds = sum(
         h.seconds_per_step * max((e.step for e in h.evaluations), default=0)
         for h in timed
+    )
+    counts = {
+        name: sum(not h.seconds for h in histories)
+        for name, histories in answers.items()
+    }
+    untimed = "; ".join(
+        f"{count} of {len(answers[name])} in {name}.csv"
+        for name, count in counts.items()
+        if count
     )
     header = (
         "question",
@@ -622,16 +651,21 @@ def _times(answers: Answers) -> list[str]:
         "",
         "Both runs of a pair took turns in one process, at most 50 steps at a time. "
         "Seconds per step: the median over the pairs of the runs' median step times. "
-        "Ratio: the median of the quotients of the pairs, which need not be the "
-        "quotient of the medians. Ratio of times: the ratio of steps divided by this "
-        "ratio, for arms that reached the other's loss with all seeds. Questions whose "
-        "arms did not take turns are missing; "
+        "Ratio: computed for each pair; the median is given, so it may differ from the "
+        "ratio of the two columns. Ratio of times: the ratio of steps divided by this "
+        "ratio, for arms that reached the other's loss with all seeds. Rows were "
+        "measured at different times and not all on one machine, so compare seconds "
+        "only within a row. Questions whose arms did not take turns are missing; "
         "[performance](performance.md#in-a-whole-training-step) has the step times of "
         "all sizes.",
         "",
+        f"The largest ratio of step times is {largest:.2f}, so no ratio of times is "
+        f"more than {1 - 1 / largest:.0%} below that of steps.",
+        "",
         f"The files have {len(runs):,} runs; some are in several files.{unused} The "
         f"{len(timed):,} runs whose step time was measured took {seconds / 3600:.0f} "
-        "hours, without compilation and evaluation.",
+        "hours. This includes neither compilation and evaluation, nor the models that "
+        f"fine-tuning starts from, nor runs without a measured time: {untimed}.",
         "",
         markdown_table(rows, header),
         "",

@@ -134,11 +134,15 @@ _NOT_RESCALED = _variant(
     renormalize="none",
 )
 
+_PARTS = (
+    _variant("embedding exempt", exempt="embedding"),
+    _variant("neutral: follow", neutral="follow"),
+)
+
 _FAMILY = (
     _ADAMW,
     replace(_CAUTIOUS, grid={"learning_rate": ("0.004", "0.008", "0.016", "0.032")}),
-    _variant("embedding exempt", exempt="embedding"),
-    _variant("neutral: follow", neutral="follow"),
+    *_PARTS,
     _variant("neutral: ignore", neutral="ignore"),
     *_OPPOSED,
     _variant("opposed weight -1", opposed_weight="-1.0"),
@@ -281,7 +285,8 @@ QUESTIONS: dict[str, Question] = {
             ),
         ),
         one_at_a_time=True,
-        note="Embedding, head and norms are left to AdamW, with the same b1.",
+        note="Embedding, head and norms are left to AdamW, with the same learning rate "
+        "and b1; in the arms with caution, to cautious AdamW.",
     ),
     "mae": Question(
         "Does caution help a masked autoencoder?",
@@ -303,7 +308,11 @@ QUESTIONS: dict[str, Question] = {
             _after(
                 "cautious-adamw",
                 True,
-                ("AdamW, after cautious AdamW", "AdamW, after AdamW"),
+                (
+                    "AdamW, after cautious AdamW",
+                    "AdamW, after AdamW",
+                    "cautious AdamW, after AdamW",
+                ),
             ),
         ),
         drop_in=False,
@@ -321,9 +330,9 @@ QUESTIONS: dict[str, Question] = {
         drop_in=False,
         note="The variants, which [Rules](rules.md) defines, are compared with "
         "cautious AdamW, the published rule, and with AdamW. If none of them differed "
-        "from the published rule, and the comparisons were independent, "
-        f"{1 - 0.95 ** (len(_FAMILY) - 2):.0%} of such tables would still have an "
-        "interval that excludes zero. The optimizer is applied to each layer "
+        "from the published rule, and the comparisons were independent, at least one "
+        "interval would still exclude zero with a probability of "
+        f"{1 - 0.95 ** (len(_FAMILY) - 2):.0%}. The optimizer is applied to each layer "
         "separately, so `alignment: tree` has an inner product for each layer, and one "
         "for all other parameters. In the last two arms, the optimizer sees stacked "
         "layers as one leaf, as in Optax, and `stacked` is not set.",
@@ -337,11 +346,14 @@ QUESTIONS: dict[str, Question] = {
             _LOWER_RATES,
             Arm("AdamW, b1 0.8", _ADAMW.side, {"b1": "0.8"}),
             replace(_CAUTIOUS, against=(_ADAMW.title, "AdamW, b1 0.8")),
+            *_PARTS,
             *_OPPOSED,
+            _NOT_RESCALED,
         ),
         drop_in=False,
-        note="The two variants are those that end lower than the published rule with "
-        "0.35 million parameters. Where b1 is tuned, AdamW is best with 0.8.",
+        note="The opposed weights are the variants that end lower than the published "
+        "rule with 0.35 million parameters; the others each leave out or change one "
+        "part of the rule. Where b1 is tuned, AdamW is best with 0.8.",
     ),
     "decay": Question(
         "Does cautious weight decay help at b1 0.9, alone and with caution?",
