@@ -19,6 +19,17 @@ markdown_table = partial(tabulate, tablefmt="github", disable_numparse=True)
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
 
+
+def _chain(**caution: Any) -> Callable[..., optax.GradientTransformation]:
+    """Return a constructor of AdamW with caution as the last link of a chain."""
+
+    def make(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
+        links = optax.adamw(*args, **kwargs), optax_cautious.cautious(**caution)
+        return optax_cautious.provide_gradient(optax.chain(*links))
+
+    return make
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "optax.adamw": optax.adamw,
     "cautious_adamw": optax_cautious.cautious_adamw,
@@ -28,18 +39,8 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "cautious_adamw(stacked=1)": lambda *args, **kwargs: optax_cautious.cautious_adamw(
         *args, stacked=1, **kwargs
     ),
-    "chain(optax.adamw, cautious)": lambda *args, **kwargs: (
-        optax_cautious.provide_gradient(
-            optax.chain(optax.adamw(*args, **kwargs), optax_cautious.cautious())
-        )
-    ),
-    "chain(optax.adamw, cautious(renormalize=None))": lambda *args, **kwargs: (
-        optax_cautious.provide_gradient(
-            optax.chain(
-                optax.adamw(*args, **kwargs), optax_cautious.cautious(renormalize=None)
-            )
-        )
-    ),
+    "chain(optax.adamw, cautious)": _chain(),
+    "chain(optax.adamw, cautious(renormalize=None))": _chain(renormalize=None),
     "with_caution(optax.adamw)": lambda *args, **kwargs: optax_cautious.with_caution(
         optax.adamw(*args, **kwargs)
     ),

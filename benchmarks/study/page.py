@@ -578,8 +578,7 @@ def _at_shares(comparison: Comparison) -> list[Interval]:
 
 def _times(answers: Answers) -> list[str]:
     """Write the section that compares ratios of steps with ratios of times."""
-    rows = []
-    largest = 0.0
+    rows, medians = [], []
     for name, histories in answers.items():
         compared = compare_all(QUESTIONS[name], histories)
         for found in time_ratios(QUESTIONS[name], histories):
@@ -591,7 +590,7 @@ def _times(answers: Answers) -> list[str]:
             ]
             reached = [ratio for ratio in ratios if ratio is not None]
             mean = sum(reached) / len(reached) if reached else 0.0
-            largest = max(largest, found.median)
+            medians.append(found.median)
             all_reached = 0 < len(reached) == len(ratios) and not QUESTIONS[name].score
             rows.append(
                 [
@@ -610,31 +609,7 @@ def _times(answers: Answers) -> list[str]:
             )
     if not rows:
         return []
-    runs = [h for histories in answers.values() for h in histories]
-    timed = [h for h in runs if h.seconds]
-    count = sum(
-        len(unused_runs(QUESTIONS[name], histories))
-        for name, histories in answers.items()
-    )
-    unused = ""
-    if count:
-        unused = (
-            f" {count} of them, with the seeds of the comparisons, are in no table: "
-            "their points were the best until more values were tried."
-        )
-    seconds = sum(
-        h.seconds_per_step * max((e.step for e in h.evaluations), default=0)
-        for h in timed
-    )
-    counts = {
-        name: sum(not h.seconds for h in histories)
-        for name, histories in answers.items()
-    }
-    untimed = "; ".join(
-        f"{count} of {len(answers[name])} in {name}.csv"
-        for name, count in counts.items()
-        if count
-    )
+    largest = max(medians)
     header = (
         "question",
         "arm",
@@ -662,11 +637,42 @@ def _times(answers: Answers) -> list[str]:
         f"The largest ratio of step times is {largest:.2f}, so no ratio of times is "
         f"more than {1 - 1 / largest:.0%} below that of steps.",
         "",
-        f"The files have {len(runs):,} runs; some are in several files.{unused} The "
-        f"{len(timed):,} runs whose step time was measured took {seconds / 3600:.0f} "
-        "hours. This includes neither compilation and evaluation, nor the models that "
-        f"fine-tuning starts from, nor runs without a measured time: {untimed}.",
+        _runs_and_hours(answers),
         "",
         markdown_table(rows, header),
         "",
     ]
+
+
+def _runs_and_hours(answers: Answers) -> str:
+    """Describe how many runs the files have, and how long they took."""
+    runs = [h for histories in answers.values() for h in histories]
+    unused = sum(
+        len(unused_runs(QUESTIONS[name], histories))
+        for name, histories in answers.items()
+    )
+    timed = [h for h in runs if h.seconds]
+    seconds = sum(
+        h.seconds_per_step * max((e.step for e in h.evaluations), default=0)
+        for h in timed
+    )
+    untimed = [
+        f"{count} of {len(histories)} in {name}.csv"
+        for name, histories in answers.items()
+        for count in [sum(not h.seconds for h in histories)]
+        if count
+    ]
+    text = f"The files have {len(runs):,} runs; some are in several files."
+    if unused:
+        text += (
+            f" {unused} of them, with the seeds of the comparisons, are in no table: "
+            "their points were the best until more values were tried."
+        )
+    text += (
+        f" The {len(timed):,} runs whose step time was measured took "
+        f"{seconds / 3600:.0f} hours. This includes neither compilation and "
+        "evaluation, nor the models that fine-tuning starts from"
+    )
+    if untimed:
+        text += f", nor runs without a measured time: {'; '.join(untimed)}"
+    return f"{text}."

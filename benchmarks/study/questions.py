@@ -134,15 +134,16 @@ _NOT_RESCALED = _variant(
     renormalize="none",
 )
 
-_PARTS = (
+_ZERO_GRADIENTS = (
     _variant("embedding exempt", exempt="embedding"),
     _variant("neutral: follow", neutral="follow"),
 )
+"""Variants that treat zero gradients, as embeddings have, in another way."""
 
 _FAMILY = (
     _ADAMW,
     replace(_CAUTIOUS, grid={"learning_rate": ("0.004", "0.008", "0.016", "0.032")}),
-    *_PARTS,
+    *_ZERO_GRADIENTS,
     _variant("neutral: ignore", neutral="ignore"),
     *_OPPOSED,
     _variant("opposed weight -1", opposed_weight="-1.0"),
@@ -346,14 +347,14 @@ QUESTIONS: dict[str, Question] = {
             _LOWER_RATES,
             Arm("AdamW, b1 0.8", _ADAMW.side, {"b1": "0.8"}),
             replace(_CAUTIOUS, against=(_ADAMW.title, "AdamW, b1 0.8")),
-            *_PARTS,
+            *_ZERO_GRADIENTS,
             *_OPPOSED,
             _NOT_RESCALED,
         ),
         drop_in=False,
         note="The opposed weights are the variants that end lower than the published "
-        "rule with 0.35 million parameters; the others each leave out or change one "
-        "part of the rule. Where b1 is tuned, AdamW is best with 0.8.",
+        "rule with 0.35 million parameters; each of the others changes one part of "
+        "the rule. Where b1 is tuned, AdamW is best with 0.8.",
     ),
     "decay": Question(
         "Does cautious weight decay help at b1 0.9, alone and with caution?",
