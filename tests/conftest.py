@@ -4,7 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-# A shell starts background jobs with Ctrl-C ignored, and tests send it.
+# A shell's background jobs ignore Ctrl-C, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # JAX reads these on import; subprocesses of the tests inherit them.

@@ -289,7 +289,7 @@ def _summary(answers: Answers) -> list[str]:
 
 
 def _verdicts(answers: Answers) -> list[str]:
-    """List where caution is better and worse, apart for tuned and fixed b1."""
+    """List the verdicts on caution: first with b1 tuned, then with b1 0.9."""
     models: dict[bool, dict[tuple[str, str], list[str]]] = {True: {}, False: {}}
     for name, comparison in _effects_of_caution(answers):
         key = comparison.arm.title, comparison.verdict

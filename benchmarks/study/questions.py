@@ -138,7 +138,7 @@ _ZERO_GRADIENTS = (
     _variant("embedding exempt", exempt="embedding"),
     _variant("neutral: follow", neutral="follow"),
 )
-"""Variants that treat zero gradients, as embeddings have, in another way."""
+"""Variants that treat zero gradients, which embeddings have, in another way."""
 
 _FAMILY = (
     _ADAMW,

@@ -2,7 +2,7 @@
 
 import os
 
-# The datasets library would ask the Hub for its builders of JSON and Parquet.
+# Otherwise, the datasets library sends the Hub a request when it reads a local file.
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
 
 import jax

@@ -491,7 +491,7 @@ def slow(i):
 
 if __name__ == "__main__":
     dataset = grain.MapDataset.range(10_000).map(slow)
-    # The signal may come during a print, within which another one is an error.
+    # A print within an interrupted print would be an error.
     signal.signal(signal.SIGINT, lambda *_: os.write(1, b"signal\\n"))
     batches = iter(WorkerBatches(dataset, 1, grain.ReadOptions(num_threads=1)))
     next(batches)

@@ -741,6 +741,20 @@ def _lowest_by_b1(name, caution):
     return lowest
 
 
+def test_what_the_documentation_says_about_the_aligned_fraction():
+    for name, fraction in (("size-0.3m", 0.45), ("size-9m", 0.6)):
+        by_b1 = {
+            b1: [
+                h.evaluations[-1].aligned_fraction
+                for h in records.read(DOCS / "results" / f"{name}.csv")
+                if h.run.side.caution and dict(h.run.point)["b1"] == b1
+            ]
+            for b1 in ("0.8", "0.9")
+        }
+        assert by_b1["0.9"] == pytest.approx([fraction] * len(by_b1["0.9"]), abs=0.02)
+        assert min(by_b1["0.8"]) > max(by_b1["0.9"])
+
+
 @pytest.mark.parametrize(
     ("name", "excess"),
     [(name, 0.005) for name in ("size-0.3m", "adamw", "size-4m", "mae")]

@@ -86,7 +86,7 @@ pytestmark = pytest.mark.filterwarnings(
 def compiled_once(little_optimization):
     with programs_compiled_once():
         yield
-    gc.collect()  # The coroutines raise here, not in another file's tests.
+    gc.collect()  # Tensorstore's coroutines raise here, not in another file's tests.
 
 
 @pytest.fixture(scope="module")
